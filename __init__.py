@@ -1,0 +1,1 @@
+"""schedlab: a reinforcement-learning laboratory for schedulers inside ML systems."""

@@ -1,0 +1,1 @@
+"""What is decided: gymnasium environments. Importing this registers their ids."""

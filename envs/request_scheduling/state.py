@@ -1,0 +1,144 @@
+"""What a scheduler may know and what it may ask for, as numba-friendly record arrays.
+
+The same `State` and `Decision` are filled by the simulator (compiled) and by the real engine (from Python), so a
+rule written over them runs unchanged in both. A `State` never holds the future: rows of requests that have not
+arrived are zero, and true output lengths are not in it.
+
+One engine iteration under a `Decision`:
+
+0. Requests listed in `preempt` lose their KV and go to the front of the waiting list (recompute: their prompt and
+   the tokens generated so far must be prefilled again).
+1. Every running request whose prefill is complete decodes one token, in order of admission. A request whose last
+   block is full needs a new block; when none is free the last admitted running request is preempted.
+2. Prefill: at most `prefill_tokens` in all (and `max_batch_tokens` with the decodes), at most `chunk_tokens` a
+   request. Requests with an incomplete prefill come first, in order of admission.
+3. Then waiting requests are admitted while fewer than `max_running` run: first those listed in `order`, then, if
+   `admit_rest` is set, the others in the order of the waiting list (arrival order, preempted ones in front).
+   Admission takes all blocks of the prompt at once, less those found in the prefix cache; it must leave
+   `kv_reserve_blocks` free unless nothing runs. The first request that does not fit ends admission. With
+   `whole_prompts`, a prompt that does not fit into what is left of the budget ends it too (unless it would be the
+   iteration's first prefill: then it is cut at the budget).
+4. All this is one forward pass. At its end each decode, and each prefill that became complete, yields one token.
+
+An iteration in which nothing would run although work is there is launched with the engine's full prefill budget.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+WAITING, RUNNING, FINISHED, REFUSED = 1, 2, 3, 4
+"""Values of `requests["status"]`; 0 is a request that has not arrived."""
+
+REQUEST_DTYPE = np.dtype(
+    [
+        ("arrival_s", "f8"),
+        ("prompt_tokens", "i8"),
+        ("predicted_output_tokens", "f8"),  # from the declared predictor; the true length is hidden
+        ("prefill_target", "i8"),  # tokens to have in KV before the next token: prompt, plus generated if preempted
+        ("computed_tokens", "i8"),  # tokens in KV now
+        ("generated_tokens", "i8"),
+        ("cached_tokens", "i8"),  # prefix-cache hit, if admitted now (0 without a prefix cache)
+        ("kv_blocks", "i8"),  # blocks held
+        ("first_token_s", "f8"),  # nan until the first token
+        ("last_token_s", "f8"),  # nan until the first token
+        ("ttft_slo_s", "f8"),
+        ("tpot_slo_s", "f8"),
+        ("slo_weight", "f8"),
+        ("admission", "i8"),  # serial number of the latest admission
+        ("slo_class", "i4"),
+        ("priority", "i4"),  # lower is more urgent
+        ("client", "i4"),
+        ("status", "i4"),
+        ("preemptions", "i4"),
+        ("pad", "i4"),
+    ],
+    align=True,
+)
+
+ENGINE_DTYPE = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("last_iteration_s", "f8"),  # duration of the latest iteration
+        ("ema_iteration_s", "f8"),  # exponential mean of iteration durations, decay 0.9
+        ("ema_arrival_gap_s", "f8"),  # exponential mean of the gaps between arrivals, decay 0.98
+        ("iterations", "i8"),
+        ("kv_blocks_free", "i8"),  # unreferenced cached blocks count as free
+        ("kv_blocks_total", "i8"),
+        ("block_tokens", "i8"),
+        ("max_batch_tokens", "i8"),
+        ("max_running", "i8"),
+        ("num_arrived", "i8"),  # rows of `requests` that are filled
+        ("num_waiting", "i8"),  # live length of `waiting`
+        ("num_running", "i8"),  # live length of `running`
+        ("num_decoding", "i8"),  # running requests whose prefill is complete
+        ("num_finished", "i8"),
+        ("num_preemptions", "i8"),
+        ("prefix_cache", "i8"),  # 1 if the engine shares prefixes
+    ],
+    align=True,
+)
+
+LEVERS_DTYPE = np.dtype(
+    [
+        ("prefill_tokens", "i8"),
+        ("chunk_tokens", "i8"),
+        ("max_running", "i8"),
+        ("kv_reserve_blocks", "i8"),
+        ("whole_prompts", "i8"),  # 0 or 1
+        ("admit_rest", "i8"),  # 0 or 1
+        ("num_order", "i8"),  # live length of `order`
+        ("num_preempt", "i8"),  # live length of `preempt`
+    ],
+    align=True,
+)
+
+NO_LIMIT = 1 << 40
+
+
+class State(NamedTuple):
+    """What a scheduler may know now. Request ids are row numbers of `requests`, in order of arrival."""
+
+    engine: np.ndarray  # (1,) ENGINE_DTYPE
+    requests: np.ndarray  # (N,) REQUEST_DTYPE
+    waiting: np.ndarray  # (N,) int64 request ids, the first num_waiting are live
+    running: np.ndarray  # (N,) int64 request ids in order of admission, the first num_running are live
+
+
+class Decision(NamedTuple):
+    """What the scheduler asks of the next iteration. `reset_decision` gives the engine's own default."""
+
+    levers: np.ndarray  # (1,) LEVERS_DTYPE
+    order: np.ndarray  # (N,) int64 waiting request ids to admit, in this order
+    preempt: np.ndarray  # (N,) int64 running request ids to preempt
+
+
+def empty_state(num_requests: int) -> State:
+    """A zeroed State for up to `num_requests` requests."""
+    n = max(num_requests, 1)
+    return State(
+        np.zeros(1, ENGINE_DTYPE), np.zeros(n, REQUEST_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64)
+    )
+
+
+def empty_decision(num_requests: int) -> Decision:
+    """A zeroed Decision for up to `num_requests` requests."""
+    n = max(num_requests, 1)
+    return Decision(np.zeros(1, LEVERS_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64))
+
+
+@njit(cache=True)
+def reset_decision(state: State, decision: Decision) -> None:
+    """Fill `decision` with the engine's default: first come first served, no limit below the engine's own."""
+    levers = decision.levers[0]
+    levers.prefill_tokens = state.engine[0].max_batch_tokens
+    levers.chunk_tokens = NO_LIMIT
+    levers.max_running = state.engine[0].max_running
+    levers.kv_reserve_blocks = 0
+    levers.whole_prompts = 0
+    levers.admit_rest = 1
+    levers.num_order = 0
+    levers.num_preempt = 0
