@@ -30,7 +30,7 @@ class Timeline:
     iteration_end_s: np.ndarray  # (I,) float64
     prefill_tokens: np.ndarray  # (I,) int64, prefill tokens computed in the iteration
     decode_requests: np.ndarray  # (I,) int64, decodes in the iteration
-    kv_blocks_used: np.ndarray  # (I,) int64, blocks referenced at the end of the iteration
+    kv_blocks_used: np.ndarray  # (I,) int64, blocks referenced while the iteration ran
     segments: np.ndarray  # (S, 3) int64
 
     def save(self, path: str | PathLike[str]) -> None:
