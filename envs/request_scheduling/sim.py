@@ -732,8 +732,8 @@ class Simulator:
         self._sim = None
 
 
-def new_sim(spec: RequestSchedulingSpec, workload: Workload, recording: bool) -> Sim:
-    """Allocate and start the simulation of one workload. Raises InputError if the workload does not fit the spec."""
+def check_workload(spec: RequestSchedulingSpec, workload: Workload) -> bool:
+    """True if prefixes are shared in this run. Raises InputError if the workload does not fit the spec."""
     engine = spec.engine
     prefix = engine.prefix_cache and workload.hash_block_tokens > 0
     if prefix and workload.hash_block_tokens != engine.block_tokens:
@@ -748,6 +748,13 @@ def new_sim(spec: RequestSchedulingSpec, workload: Workload, recording: bool) ->
             f"{len(spec.slo_classes)}",
             remedy="Assign classes with workload.with_classes(spec.slo_classes)",
         )
+    return bool(prefix)
+
+
+def new_sim(spec: RequestSchedulingSpec, workload: Workload, recording: bool) -> Sim:
+    """Allocate and start the simulation of one workload. Raises InputError if the workload does not fit the spec."""
+    engine = spec.engine
+    prefix = check_workload(spec, workload)
     n = len(workload)
     positions = len(workload.hash_ids) if prefix else 0
     blocks = int(workload.hash_ids.max()) + 1 if positions else 0

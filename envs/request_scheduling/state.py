@@ -119,9 +119,7 @@ class Decision(NamedTuple):
 def empty_state(num_requests: int) -> State:
     """A zeroed State for up to `num_requests` requests."""
     n = max(num_requests, 1)
-    return State(
-        np.zeros(1, ENGINE_DTYPE), np.zeros(n, REQUEST_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64)
-    )
+    return State(np.zeros(1, ENGINE_DTYPE), np.zeros(n, REQUEST_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64))
 
 
 def empty_decision(num_requests: int) -> Decision:

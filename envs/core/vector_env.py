@@ -1,0 +1,174 @@
+"""The base of every env: a natively batched pointer problem, choose one row of a table of candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+
+def pointer_observation_space(context: int, rows: int, columns: int) -> spaces.Dict:
+    """The Dict space of one env: context (C,), candidates (K, F) and action_mask (K,)."""
+    return spaces.Dict(
+        {
+            "context": spaces.Box(-np.inf, np.inf, (context,), np.float32),
+            "candidates": spaces.Box(-np.inf, np.inf, (rows, columns), np.float32),
+            "action_mask": spaces.Box(0, 1, (rows,), np.bool_),
+        }
+    )
+
+
+class PointerVectorEnv(VectorEnv):
+    """N envs stepped in one call, each a pointer problem over K candidate rows.
+
+    ACTION: int (N,), the row chosen in each env; rows where `action_mask` is False are illegal.
+    OBSERVATION: dict of `context` float32 (N, C), `candidates` float32 (N, K, F), `action_mask` bool (N, K); rows of
+    candidates beyond the live count are zero. Sizes are limits, not shapes that a policy may memorise.
+    AUTORESET: SAME_STEP. The observation after a last step is the first one of the next episode; the last one is in
+    `info["final_obs"]`, with the mask `info["_final_obs"]` telling which envs ended.
+    SEEDING: env i of `reset(seed=s)` draws its episodes from (s + i), so a trajectory depends on its seed alone and not
+    on `num_envs`: env i here is env 0 of a batch seeded with s + i.
+    ILLEGAL ACTIONS: raise ValueError if `debug`, else they are counted in `num_illegal_actions` and the first legal row
+    is taken instead, and `info["illegal_action"]` marks where.
+
+    A subclass fills `self.context`, `self.candidates`, `self.action_mask` (its views, allocated here) in `_reset_envs`
+    and `_step_envs`.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
+
+    def __init__(self, num_envs: int, context: int, rows: int, columns: int, *, debug: bool = False) -> None:
+        self.num_envs = num_envs
+        self.debug = debug
+        self.single_observation_space = pointer_observation_space(context, rows, columns)
+        self.single_action_space = spaces.Discrete(rows)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.context = np.zeros((num_envs, context), np.float32)
+        self.candidates = np.zeros((num_envs, rows, columns), np.float32)
+        self.action_mask = np.zeros((num_envs, rows), np.bool_)
+        self.num_illegal_actions = 0
+        self._rngs: list[np.random.Generator] = []
+
+    # What a domain writes ---------------------------------------------------------------------------------
+
+    def _reset_envs(self, which: np.ndarray) -> None:
+        """Start a new episode in the envs listed, drawing from `self._rngs`, and write their observations."""
+        raise NotImplementedError
+
+    def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Take legal actions. Returns reward float64 (N,), terminated bool (N,), truncated bool (N,)."""
+        raise NotImplementedError
+
+    # What gymnasium calls ---------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start new episodes everywhere. Without a seed the streams of the envs go on."""
+        if seed is not None or not self._rngs:
+            seeds = (
+                seed if isinstance(seed, list) else [None if seed is None else seed + i for i in range(self.num_envs)]
+            )
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds given for {self.num_envs} envs")
+            self._rngs = [np.random.default_rng(s) for s in seeds]
+        self._reset_envs(np.arange(self.num_envs))
+        return self.observation(), {"action_mask": self.action_mask.copy()}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take one action in each env."""
+        actions = self._legal(np.asarray(actions, np.int64))
+        reward, terminated, truncated = self._step_envs(actions)
+        info: dict[str, Any] = {}
+        done = terminated | truncated
+        if done.any():
+            final = self.observation()
+            info["final_obs"], info["_final_obs"] = final, done.copy()
+            info["final_info"], info["_final_info"] = {"action_mask": final["action_mask"]}, done.copy()
+            self._reset_envs(np.flatnonzero(done))
+        info["action_mask"] = self.action_mask.copy()
+        return self.observation(), reward, terminated, truncated, info
+
+    def observation(self) -> dict[str, np.ndarray]:
+        """Copies of the current observation arrays."""
+        return {
+            "context": self.context.copy(),
+            "candidates": self.candidates.copy(),
+            "action_mask": self.action_mask.copy(),
+        }
+
+    def action_masks(self) -> np.ndarray:
+        """bool (N, K), True where an action is legal (the name that sb3-contrib looks for)."""
+        return self.action_mask.copy()
+
+    def _legal(self, actions: np.ndarray) -> np.ndarray:
+        if actions.shape != (self.num_envs,):
+            raise ValueError(f"actions have shape {actions.shape}, expected {(self.num_envs,)}")
+        rows = self.action_mask.shape[1]
+        inside = (actions >= 0) & (actions < rows)
+        legal = inside & self.action_mask[np.arange(self.num_envs), np.where(inside, actions, 0)]
+        if legal.all():
+            return actions
+        if self.debug:
+            env = int(np.flatnonzero(~legal)[0])
+            raise ValueError(
+                f"action {actions[env]} of env {env} is masked; legal rows are "
+                f"{np.flatnonzero(self.action_mask[env]).tolist()}"
+            )
+        self.num_illegal_actions += int((~legal).sum())
+        return np.where(legal, actions, self.action_mask.argmax(1))
+
+
+class PointerEnv(gym.Env):
+    """One env of a `PointerVectorEnv`, as a plain gymnasium Env without autoreset: the `num_envs=1` view."""
+
+    def __init__(self, vector_env: PointerVectorEnv) -> None:
+        if vector_env.num_envs != 1:
+            raise ValueError(f"PointerEnv is the view of a vector env with one env, got {vector_env.num_envs}")
+        self.vector_env = vector_env
+        self.observation_space = vector_env.single_observation_space
+        self.action_space = vector_env.single_action_space
+        self.metadata = {k: v for k, v in vector_env.metadata.items() if k != "autoreset_mode"}
+        self.render_mode = getattr(vector_env, "render_mode", None)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start a new episode."""
+        super().reset(seed=seed)
+        self.vector_env.reset(seed=seed, options=options)
+        return self._observation(), {"action_mask": self.action_masks()}
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Take one action."""
+        env = self.vector_env
+        actions = env._legal(np.array([action], np.int64))
+        reward, terminated, truncated = env._step_envs(actions)
+        return (
+            self._observation(),
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            {"action_mask": self.action_masks()},
+        )
+
+    def action_masks(self) -> np.ndarray:
+        """bool (K,), True where an action is legal."""
+        return self.vector_env.action_mask[0].copy()
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in self.vector_env.observation().items()}
+
+    def render(self) -> Any:
+        """What the vector env renders."""
+        return self.vector_env.render()
+
+    def close(self) -> None:
+        """Release what the env holds."""
+        self.vector_env.close()

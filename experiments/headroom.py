@@ -1,0 +1,100 @@
+"""How much there is to win: per cell, the best deployable rule, the same with true lengths, and a hindsight reference.
+
+The hindsight reference knows the whole trace: over the very requests it is judged on, with their true lengths, it
+searches every published rule, the knob grid, and the `linear` family by the cross-entropy method. It is a policy that
+was run, so it can be reached; it is not a proven optimum.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from ..baselines.request_scheduling import ORDER_NAMES, RULES, linear, ordered_rule
+from ..envs.request_scheduling.rule import Rule
+from ..envs.request_scheduling.sim import Simulator
+from ..envs.request_scheduling.workload import Workload
+from .cells import Cell
+
+KNOB_ORDERS = ("fcfs", "sjf_prompt", "sjf", "srpt", "residual", "hopeless_last", "hopeless_last_srpt")
+KNOB_BUDGETS = (512, 768, 1024, 2048, 8192)
+KNOB_CAPS = (32, 64, 96, 128, 256)
+
+LINEAR_START = np.array([1.0, 0.5, 0.05, 0.0, 0.2, 1.0, 10.5, 0.0, 0.5, 0.02, 0.2, 0.1, 0.0])
+LINEAR_SPREAD = np.array([0.7, 0.7, 0.2, 0.7, 0.3, 2.0, 1.0, 1.5, 0.3, 0.05, 0.3, 0.2, 0.2])
+
+
+def score(cell: Cell, rule: Rule, workloads: Iterable[Workload]) -> float:
+    """Mean of the cell's metric over workloads, as a gain: higher is better (minus mean E2E seconds, or goodput)."""
+    simulator = Simulator(cell.spec, recording=False)
+    gains = []
+    for workload in workloads:
+        simulator.reset(workload)
+        simulator.run(rule)
+        books = simulator.sim.books[0]
+        total = books["slo_met"] if cell.metric == "slo_goodput" else -books["latency_s"]
+        weight = simulator.sim.trace["slo_weight"].sum() if cell.metric == "slo_goodput" else len(workload)
+        gains.append(float(total / weight))
+    return float(np.mean(gains))
+
+
+def knob_rules() -> list[Rule]:
+    """The grid of the knob search: order x token budget x most running."""
+    return [
+        ordered_rule(
+            f"knobs({order},{budget},{cap})", ORDER_NAMES.index(order), token_budget=budget, max_running=cap, ageing=0.0
+        )
+        for order, budget, cap in itertools.product(KNOB_ORDERS, KNOB_BUDGETS, KNOB_CAPS)
+    ]
+
+
+def best_of(cell: Cell, rules: Sequence[Rule], workloads: Sequence[Workload]) -> tuple[Rule, float]:
+    """The rule with the highest gain."""
+    scores = [score(cell, rule, workloads) for rule in rules]
+    best = int(np.argmax(scores))
+    return rules[best], scores[best]
+
+
+def linear_rule(params: np.ndarray, name: str = "linear") -> Rule:
+    """A rule of the `linear` family."""
+    return Rule(name, linear, tuple(float(p) for p in params), memory_per_request=1)
+
+
+def search_linear(
+    cell: Cell,
+    workloads: Sequence[Workload],
+    *,
+    seed: int = 0,
+    generations: int = 12,
+    population: int = 24,
+    elite: int = 6,
+    start: np.ndarray | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> tuple[np.ndarray, float]:
+    """Cross-entropy search for the best `linear` parameters on these workloads. Returns (params, gain)."""
+    rng = np.random.default_rng(seed)
+    mean, spread = (LINEAR_START if start is None else start).copy(), LINEAR_SPREAD.copy()
+    best, best_gain = mean.copy(), -np.inf
+    for generation in range(generations):
+        samples = mean + spread * rng.standard_normal((population, len(mean)))
+        samples[0], samples[1] = mean, best
+        samples[:, [0, 1, 4, 7, 9, 10, 11]] = np.abs(samples[:, [0, 1, 4, 7, 9, 10, 11]])
+        gains = np.array([score(cell, linear_rule(sample), workloads) for sample in samples])
+        order = np.argsort(-gains)[:elite]
+        if gains[order[0]] > best_gain:
+            best, best_gain = samples[order[0]].copy(), float(gains[order[0]])
+        mean = 0.3 * mean + 0.7 * samples[order].mean(0)
+        spread = 0.3 * spread + 0.7 * samples[order].std(0) + 0.02 * LINEAR_SPREAD
+        if report:
+            report(generation, best_gain)
+    return best, best_gain
+
+
+def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int = 12) -> tuple[Rule, float]:
+    """The best policy found with the whole trace known (module docstring)."""
+    known = [workload.with_true_lengths()]
+    rule, gain = best_of(cell, [*knob_rules(), *RULES.values()], known)
+    params, linear_gain = search_linear(cell, known, seed=seed, generations=generations)
+    return (linear_rule(params, "hindsight"), linear_gain) if linear_gain > gain else (rule, gain)
