@@ -37,9 +37,10 @@ class CloneResult:
 class LabelledStates:
     """A ring of the latest labelled states, in arrays allocated once."""
 
-    def __init__(self, capacity: int, observation_space: gym.spaces.Dict) -> None:
+    def __init__(self, capacity: int, observation_space: gym.Space) -> None:
         context_size, candidate_size = pointer_sizes(observation_space)
-        num_candidates = observation_space["candidates"].shape[0]
+        assert isinstance(observation_space, gym.spaces.Dict)
+        num_candidates = observation_space["action_mask"].shape[0]  # type: ignore[index]
         self.capacity, self.size, self._next = capacity, 0, 0
         self.store = {
             "context": torch.zeros(capacity, context_size),

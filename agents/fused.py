@@ -42,8 +42,9 @@ class Workspace:
     Only the latest forward pass can be differentiated; `generation` finds those who try an older one.
     """
 
+    generation = 0
+
     def __init__(self) -> None:
-        self.generation = 0
         self._arrays: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int) -> Tensor:
@@ -67,7 +68,7 @@ class Workspace:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        self._arrays = {}
 
 
 @njit(cache=True, fastmath=True)

@@ -15,6 +15,7 @@ Networks"; Bello et al. 2016 for the clipping).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ class PointerNetwork(nn.Module):
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"unknown encoder {encoder!r}. Choose one of {ENCODERS}")
-        self.config = {
+        self.config: dict[str, Any] = {
             "context_size": context_size,
             "candidate_size": candidate_size,
             "encoder": encoder,
@@ -231,7 +232,7 @@ class PointerNetwork(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Orthogonal, gain sqrt(2) before ReLU (as PPO is usually run); a small query makes the first policy uniform."""
+        """Orthogonal, gain sqrt(2) before ReLU, as in PPO; a small query makes the first policy nearly uniform."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.orthogonal_(module.weight, math.sqrt(2))
@@ -251,7 +252,7 @@ class PointerNetwork(nn.Module):
         return self.head(rows, summary, mask), self._value(summary)
 
     def forward_rows(self, context: Tensor, rows: Rows, num_candidates: int) -> tuple[Tensor, Tensor]:
-        """The same function of the live rows alone, on the CPU; several times faster, the more so the emptier the table.
+        """The same function of the live rows alone, on the CPU: the faster, the emptier the table.
 
         Only the latest call can be differentiated (see `fused.Workspace`).
         """

@@ -28,7 +28,9 @@ def pointer_sizes(observation_space: spaces.Space) -> tuple[int, int]:
             f"observation space {observation_space} is no pointer problem: expected a Dict with {OBSERVATION_KEYS}. "
             "Use an env of schedlab.envs, or give yours these keys"
         )
-    return observation_space["context"].shape[0], observation_space["candidates"].shape[1]
+    context, candidates = observation_space["context"].shape, observation_space["candidates"].shape
+    assert context is not None and candidates is not None
+    return context[0], candidates[1]
 
 
 class PointerPolicy(MaskableActorCriticPolicy):
@@ -55,7 +57,7 @@ class PointerPolicy(MaskableActorCriticPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         context_size, candidate_size = pointer_sizes(observation_space)
-        self.network_config = {"encoder": encoder, "hidden": hidden, "clip": clip}
+        self.network_config: dict[str, Any] = {"encoder": encoder, "hidden": hidden, "clip": clip}
         self._network_sizes = (context_size, candidate_size)
         if optimizer_kwargs is None:
             # eps as in SB3; one fused pass instead of a dozen small operations for each of the small tensors.

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from ..envs.core.sb3 import SB3VecEnv
+from .networks import PointerNetwork
 from .policy import OBSERVATION_KEYS, PointerPolicy, choose, entropy, logits_and_values_at, pointer_sizes
 
 
@@ -142,6 +143,8 @@ class FastMaskablePPO(MaskablePPO):
 
     policy: PointerPolicy
     rollout_buffer: PointerRolloutBuffer
+    _last_obs: dict[str, np.ndarray] | None
+    _last_episode_starts: np.ndarray | None
 
     def __init__(
         self,
@@ -173,14 +176,15 @@ class FastMaskablePPO(MaskablePPO):
         )
         self.set_reference(reference, kl_coef)
 
-    def set_reference(self, reference: PointerPolicy | None, kl_coef: float) -> None:
+    def set_reference(self, reference: PointerPolicy | PointerNetwork | None, kl_coef: float) -> None:
         """Keep a frozen copy of `reference`; the loss gains kl_coef * KL(policy || reference)."""
         if kl_coef and reference is None:
             raise ValueError(f"kl_coef is {kl_coef} but no reference is given. Pass reference=policy, or kl_coef=0")
         self.kl_coef = kl_coef
-        self.reference = None if reference is None or not kl_coef else copy.deepcopy(reference.network)
-        if self.reference is not None:
-            self.reference.requires_grad_(False)
+        self.reference: PointerNetwork | None = None
+        if reference is not None and kl_coef:
+            network = reference.network if isinstance(reference, PointerPolicy) else reference
+            self.reference = copy.deepcopy(network).to(self.device).requires_grad_(False)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "reference", "profile"]
@@ -203,8 +207,9 @@ class FastMaskablePPO(MaskablePPO):
         self.policy.set_training_mode(False)
         callback.on_rollout_start()
         arrays, profile = rollout_buffer.arrays, self.profile
+        assert self._last_obs is not None and self._last_episode_starts is not None
         rollout_buffer.put_observation(0, self._last_obs)
-        dones = self._last_episode_starts
+        dones: np.ndarray = self._last_episode_starts
         infos: list[dict[str, Any]] = []  # callbacks may look for it; the episodes themselves go to ep_info_buffer
 
         for step in range(n_rollout_steps):
@@ -225,7 +230,7 @@ class FastMaskablePPO(MaskablePPO):
             profile.env_s += t2 - t1
 
             arrays["rewards"][step] = result.rewards
-            if result.truncated.any():
+            if result.final_obs is not None and result.truncated.any():
                 arrays["rewards"][step][result.truncated] += self.gamma * self._values_of(
                     {key: result.final_obs[key][result.truncated] for key in OBSERVATION_KEYS}
                 )
@@ -260,7 +265,7 @@ class FastMaskablePPO(MaskablePPO):
         clip_range = self.clip_range(self._current_progress_remaining)
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
         flat = {name: tensor[: self.n_steps].flatten(0, 1) for name, tensor in self.rollout_buffer.tensors.items()}
-        reference_log_probs = self._reference_log_probs(flat) if self.reference is not None else None
+        reference_log_probs = self._log_probs(self.reference, flat) if self.reference is not None else None
         parameters = list(self.policy.parameters())
 
         logs: dict[str, list[float]] = {
@@ -338,11 +343,9 @@ class FastMaskablePPO(MaskablePPO):
     def _take(self, flat: Tensor, batch: Tensor) -> Tensor:
         return flat.index_select(0, batch).to(self.device)
 
-    def _reference_log_probs(self, flat: dict[str, Tensor]) -> Tensor:
-        """Log-probabilities (T * N, K) under the frozen reference."""
+    def _log_probs(self, network: PointerNetwork, flat: dict[str, Tensor]) -> Tensor:
+        """Log-probabilities (T * N, K) of the whole rollout under a frozen network."""
         positions = torch.arange(self.n_steps * self.n_envs).split(self.batch_size or 4096)
         with torch.no_grad():  # not inference_mode: the result takes part in a graph
-            parts = [
-                torch.log_softmax(logits_and_values_at(self.reference, flat, p)[0], dim=1).cpu() for p in positions
-            ]
+            parts = [torch.log_softmax(logits_and_values_at(network, flat, p)[0], dim=1).cpu() for p in positions]
         return torch.cat(parts)

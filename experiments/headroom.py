@@ -11,10 +11,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from numba import njit
 
 from ..baselines.request_scheduling import ORDER_NAMES, RULES, linear, ordered_rule
 from ..envs.request_scheduling.rule import Rule
-from ..envs.request_scheduling.sim import Simulator
+from ..envs.request_scheduling.sim import Simulator, fast_forward, refresh_waiting, run_iteration, skip_idle
+from ..envs.request_scheduling.state import empty_decision, reset_decision
+from ..envs.request_scheduling.table import Problem, action_of, choose, empty_table, open_table, write_mask
 from ..envs.request_scheduling.workload import Workload
 from .cells import Cell
 
@@ -26,18 +29,29 @@ LINEAR_START = np.array([1.0, 0.5, 0.05, 0.0, 0.2, 1.0, 10.5, 0.0, 0.5, 0.02, 0.
 LINEAR_SPREAD = np.array([0.7, 0.7, 0.2, 0.7, 0.3, 2.0, 1.0, 1.5, 0.3, 0.05, 0.3, 0.2, 0.2])
 
 
-def score(cell: Cell, rule: Rule, workloads: Iterable[Workload]) -> float:
-    """Mean of the cell's metric over workloads, as a gain: higher is better (minus mean E2E seconds, or goodput)."""
+def score(cell: Cell, rule: Rule, workloads: Iterable[Workload], *, on_table: bool = False) -> float:
+    """Mean of the cell's metric over workloads, as a gain: higher is better (minus mean E2E seconds, or goodput).
+
+    With `on_table` the rule acts through the action table, as an agent does.
+    """
     simulator = Simulator(cell.spec, recording=False)
     gains = []
     for workload in workloads:
         simulator.reset(workload)
-        simulator.run(rule)
-        books = simulator.sim.books[0]
-        total = books["slo_met"] if cell.metric == "slo_goodput" else -books["latency_s"]
-        weight = simulator.sim.trace["slo_weight"].sum() if cell.metric == "slo_goodput" else len(workload)
-        gains.append(float(total / weight))
+        if on_table:
+            run_on_table(simulator, rule)
+        else:
+            simulator.run(rule)
+        gains.append(gain_of(cell, simulator))
     return float(np.mean(gains))
+
+
+def gain_of(cell: Cell, simulator: Simulator) -> float:
+    """The cell's metric of a finished run, higher is better."""
+    books = simulator.sim.books[0]
+    if cell.metric == "slo_goodput":
+        return float(books["slo_met"] / simulator.sim.trace["slo_weight"].sum())
+    return float(-books["latency_s"] / len(simulator.workload))
 
 
 def knob_rules() -> list[Rule]:
@@ -98,3 +112,41 @@ def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int
     rule, gain = best_of(cell, [*knob_rules(), *RULES.values()], known)
     params, linear_gain = search_linear(cell, known, seed=seed, generations=generations)
     return (linear_rule(params, "hindsight"), linear_gain) if linear_gain > gain else (rule, gain)
+
+
+@njit
+def _run_on_table(sim, problem, table, mask, decide, params, memory, wanted, decision):
+    while skip_idle(sim):
+        if fast_forward(sim) > 0:
+            continue
+        refresh_waiting(sim)
+        if not open_table(sim.state, problem, table, decision):
+            reset_decision(sim.state, decision)
+            run_iteration(sim, decision)
+            continue
+        reset_decision(sim.state, wanted)
+        decide(sim.state, params, memory, wanted)
+        picks = 0
+        while True:
+            write_mask(sim.state, problem, table, mask)
+            action = action_of(sim.state, problem, table, mask, wanted, picks)
+            if choose(sim.state, problem, table, decision, action):
+                break
+            picks = table.head[0].num_picked
+        run_iteration(sim, decision)
+
+
+def run_on_table(simulator: Simulator, rule: Rule) -> None:
+    """Serve the workload as an agent would that imitates `rule` perfectly: by choosing rows of the action table."""
+    spec, n = simulator.spec, len(simulator.workload)
+    _run_on_table(
+        simulator.sim,
+        Problem.of(spec),
+        empty_table(spec.num_candidates),
+        np.zeros(spec.num_candidates, np.bool_),
+        rule.decide_kernel,
+        rule.param_array,
+        rule.new_memory(n),
+        empty_decision(n),
+        empty_decision(n),
+    )

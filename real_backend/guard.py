@@ -15,6 +15,7 @@ import numpy as np
 from ..envs.core.errors import InputError
 from ..envs.core.interface import Policy
 from ..envs.request_scheduling.state import (
+    LEVERS_DTYPE,
     NO_LIMIT,
     RUNNING,
     WAITING,
@@ -31,7 +32,9 @@ FAILURES = ("raised", "invalid", "timeout")
 
 def problem_with(state: State, decision: Decision) -> str | None:
     """What is wrong with `decision` in `state`, or None if it may be executed."""
-    engine, levers = state.engine[0], decision.levers[0]
+    engine = state.engine[0]
+    # One conversion for all fields: this runs at every iteration.
+    levers = dict(zip(LEVERS_DTYPE.names or (), decision.levers[0].item(), strict=True))
     num_running, num_waiting = int(engine["num_running"]), int(engine["num_waiting"])
     for name, low, high in (
         ("prefill_tokens", 0, NO_LIMIT),
@@ -46,18 +49,18 @@ def problem_with(state: State, decision: Decision) -> str | None:
         # A NaN or an infinity written into an integer lever has become the smallest integer, and is out of range.
         if not low <= levers[name] <= high:
             return f"{name} is {levers[name]}, outside {low}..{high}"
-    preempt = decision.preempt[: levers["num_preempt"]]
-    order = decision.order[: levers["num_order"]]
+    preempt = decision.preempt[: levers["num_preempt"]].tolist()
+    order = decision.order[: levers["num_order"]].tolist()
     arrived = int(engine["num_arrived"])
     for name, ids in (("preempt", preempt), ("order", order)):
-        if len(ids) and not (ids.min() >= 0 and ids.max() < arrived):
+        if ids and not (min(ids) >= 0 and max(ids) < arrived):
             return f"{name} lists request ids outside 0..{arrived - 1}"
-        if len(np.unique(ids)) < len(ids):
+        if len(set(ids)) < len(ids):
             return f"{name} lists a request twice"
     status = state.requests["status"]
-    if (status[preempt] != RUNNING).any():
+    if preempt and (status[preempt] != RUNNING).any():
         return "preempt lists a request that does not run"
-    if not ((status[order] == WAITING) | np.isin(order, preempt)).all():
+    if order and not set(np.array(order)[status[order] != WAITING].tolist()) <= set(preempt):
         return "order lists a request that does not wait"
     return None
 

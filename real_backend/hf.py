@@ -127,7 +127,7 @@ def prompt_token_ids(workload: Workload, request: int, seed: int, vocab: int) ->
 
 def _noise(seed: int, stream: Any, index: np.ndarray) -> np.ndarray:
     """Uniform uint64 from a counter (splitmix64's finalizer, applied to each key in turn)."""
-    value = np.uint64(seed & 0xFFFFFFFF)
+    value: Any = np.uint64(seed & 0xFFFFFFFF)
     with np.errstate(over="ignore"):
         for key in (stream, index):
             value = value * np.uint64(0x9E3779B97F4A7C15) + np.asarray(key).astype(np.uint64) + np.uint64(1)

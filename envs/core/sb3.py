@@ -85,13 +85,14 @@ class SB3VecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        assert self._actions is not None, "step_wait() without step_async()"
         step = self.step_arrays(self._actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         final_info = self._infos.get("final_info", {})
         for i, episode in zip(self._ended, step.episodes, strict=True):
             infos[i] = {
                 **{key: value[i] for key, value in final_info.items() if not key.startswith("_")},
-                "terminal_observation": {key: np.copy(value[i]) for key, value in step.final_obs.items()},
+                "terminal_observation": {key: np.copy(value[i]) for key, value in (step.final_obs or {}).items()},
                 "TimeLimit.truncated": bool(step.truncated[i]),
                 "episode": episode,
             }
@@ -99,7 +100,7 @@ class SB3VecEnv(VecEnv):
 
     def action_masks(self) -> np.ndarray:
         """Mask of the current states, bool (num_envs, K)."""
-        return self.env.action_masks()
+        return self.env.action_masks()  # type: ignore[attr-defined]
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
@@ -124,7 +125,7 @@ class SB3VecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        images = self.env.render()
+        images: Any = self.env.render()
         return list(images) if images is not None else [None] * self.num_envs
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ class Batch(NamedTuple):
     no_times: np.ndarray  # (0,)
     choices: np.ndarray  # (B, L)
     mean_e2e: np.ndarray  # (B, 1)
+    longest_wait_s: np.ndarray  # (B, 1)
     table_head: np.ndarray  # (B, 1) TABLE_DTYPE
     table_requests: np.ndarray  # (B, K)
     table_open: np.ndarray  # (B, K)
@@ -110,6 +111,7 @@ def empty_batch(num_envs: int, requests: int, positions: int, blocks: int, choic
         no_times=np.zeros(0),
         choices=np.zeros((b, choices), i8),
         mean_e2e=np.zeros((b, 1)),
+        longest_wait_s=np.zeros((b, 1)),
         table_head=np.zeros((b, 1), TABLE_DTYPE),
         table_requests=np.zeros((b, k), i8),
         table_open=np.zeros((b, k), np.bool_),
@@ -150,7 +152,7 @@ def sim_of(batch: Batch, e: int) -> Sim:
 @njit(cache=True)
 def problem_of(batch: Batch, e: int) -> Problem:
     """The problem of env e (views)."""
-    return Problem(batch.choices[e], batch.cost[e], batch.mean_e2e[e])
+    return Problem(batch.choices[e], batch.cost[e], batch.mean_e2e[e], batch.longest_wait_s[e])
 
 
 @njit(cache=True)
@@ -257,10 +259,12 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
     """Which waiting requests enter the engine's next iteration, and how many prefill tokens it may run.
 
     DECIDED, before every iteration in which there is a choice: zero or more picks of waiting requests, then one launch.
-        With no pick the engine admits in its own order (first come first served). When KV blocks run out, running
-        requests are offered instead and choosing one preempts it. Iterations without a choice run by themselves.
-    ACTION: Discrete(K). Rows 0..L-1 launch the iteration with `spec.prefill_choices[row]` prefill tokens; rows L..K-1
-        are waiting requests (or running ones, in the victim phase).
+        The launch admits the picks and nobody else. When KV blocks run out, running requests are offered instead and
+        choosing one preempts it. Iterations without a choice run by themselves.
+    ACTION: Discrete(K). Row 0 launches the engine's default (first come first served, full budget); rows 1..L launch
+        with `spec.prefill_choices[row - 1]` prefill tokens; the other rows are waiting requests (or running ones, in
+        the victim phase). Every 8th admission must be the request that waited longest, if it waited
+        longer than `spec.longest_wait_s`.
     OBSERVATION: context float32 (C,), candidates float32 (K, F), action_mask bool (K,); the columns are named in
         `table.CONTEXT_FEATURES` and `table.CANDIDATE_FEATURES`, scaled to about [-1, 1]. True output lengths are never
         observed, only predictions.
@@ -345,6 +349,7 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
         batch.cost[e] = task.spec.cost.coefficients_s
         batch.choices[e] = task.spec.prefill_choices
         batch.mean_e2e[e] = task.spec.objective == "mean_e2e"
+        batch.longest_wait_s[e] = task.spec.longest_wait_s
         batch.books[e, 0]["num_requests"] = n
         prefix = bool(engine.prefix_cache and workload.hash_block_tokens)
         batch.hash_offsets[e] = 0

@@ -139,7 +139,8 @@ def refresh_cached_tokens(sim: Sim, request: int) -> None:
 @njit(cache=True)
 def _share_computed_blocks(sim: Sim, request: int, before: int, after: int) -> None:
     """Make the prompt blocks filled by computing tokens before..after shareable."""
-    block_tokens = sim.state.engine[0].block_tokens
+    engine, books = sim.state.engine[0], sim.books[0]
+    block_tokens = engine.block_tokens
     first = sim.hash_offsets[request]
     last = min(sim.hash_offsets[request + 1], first + after // block_tokens)
     for position in range(first + before // block_tokens, last):
@@ -148,7 +149,14 @@ def _share_computed_blocks(sim: Sim, request: int, before: int, after: int) -> N
             sim.block_cached[block] = True
             sim.block_refs[block] = 1
             sim.hash_held[position] = True
-        # else another request computed it in the meantime: ours stays a private copy
+        else:  # another request computed it in the meantime: adopt its copy, give ours back
+            if sim.block_refs[block] == 0:
+                _lru_remove(sim, block)
+                engine.kv_blocks_free -= 1
+            sim.block_refs[block] += 1
+            sim.hash_held[position] = True
+            books.blocks_unused += 1
+            engine.kv_blocks_free += 1
 
 
 @njit(cache=True)
@@ -601,10 +609,15 @@ def refresh_waiting(sim: Sim) -> None:
 
 @njit(cache=True)
 def has_room(sim: Sim) -> bool:
-    """True if the record has room for one more iteration."""
+    """True if the record has room for one more iteration.
+
+    In one iteration a running request ends at most two segments (preempted, admitted again, finished), a waiting one
+    at most one.
+    """
     engine, books = sim.state.engine[0], sim.books[0]
+    ended = 2 * engine.num_running + engine.num_waiting
     return not books.recording or (
-        engine.iterations < len(sim.iteration_start_s) and books.num_segments + engine.num_running < len(sim.segments)
+        engine.iterations < len(sim.iteration_start_s) and books.num_segments + ended <= len(sim.segments)
     )
 
 
@@ -691,6 +704,7 @@ class Simulator:
         self.workload = workload
         self._sim = new_sim(self.spec, workload, self.recording)
         self._decision = empty_decision(len(workload))
+        skip_idle(self.sim)
 
     @property
     def sim(self) -> Sim:
@@ -714,7 +728,7 @@ class Simulator:
         if not skip_idle(self.sim):
             return Outcome(0.0, True)
         if not has_room(self.sim):
-            self._sim = with_more_room(self.sim)
+            self.make_room()
         run_iteration(self.sim, decision)
         return Outcome(float(self.sim.state.engine[0]["last_iteration_s"]), not skip_idle(self.sim))
 
@@ -722,7 +736,11 @@ class Simulator:
         """Serve the rest of the workload under a compiled rule. `forward=False` takes every iteration singly."""
         memory = rule.new_memory(len(self.workload))
         while not run_rule(self.sim, rule.decide_kernel, rule.param_array, memory, self._decision, forward):
-            self._sim = with_more_room(self.sim)
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Double the room of the record."""
+        self._sim = with_more_room(self.sim)
 
     def timeline(self) -> Timeline:
         """The record of the run so far."""

@@ -127,12 +127,18 @@ class RequestSchedulingSpec:
     cost: CostModel = LLAMA2_7B_A100
     slo_classes: tuple[SloClass, ...] = ONE_CLASS
     objective: str = "mean_e2e"
-    prefill_choices: tuple[int, ...] = (0, 128, 256, 512, 1024, 2048, 8192)
-    """Prefill tokens of the launch rows of the action table."""
+    prefill_choices: tuple[int, ...] = (0, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+    """Prefill tokens of the launch rows of the action table, increasing."""
     num_candidates: int = 64
-    """Rows of the action table: the launch rows, then as many visible requests."""
+    """Rows of the action table: the engine's default, the launch rows, then as many visible requests."""
+
+    longest_wait_s: float = 1800.0
+    """Of requests that waited longer, the oldest gets every 8th admission whatever the policy prefers, so that
+    waiting is bounded (`table.OVERDUE_EVERY`)."""
 
     def __post_init__(self) -> None:
+        if not self.longest_wait_s > 0:
+            raise InputError(f"longest_wait_s is {self.longest_wait_s}", remedy="Give positive seconds (inf: no bound)")
         if self.objective not in OBJECTIVES:
             raise InputError(f"unknown objective {self.objective!r}", remedy=f"Choose one of {OBJECTIVES}")
         if not self.slo_classes:
@@ -143,10 +149,14 @@ class RequestSchedulingSpec:
                 f"prefill choices {too_large} lie outside the engine's 0..{self.engine.max_batch_tokens} tokens",
                 remedy="Lower the choices or raise EngineSpec.max_batch_tokens",
             )
-        if self.num_candidates <= len(self.prefill_choices):
+        if not self.prefill_choices or list(self.prefill_choices) != sorted(set(self.prefill_choices)):
+            raise InputError(
+                f"prefill choices {self.prefill_choices} are not increasing", remedy="Sort them and drop duplicates"
+            )
+        if self.num_candidates <= len(self.prefill_choices) + 1:
             raise InputError(
                 f"num_candidates {self.num_candidates} leaves no row for a request beside "
-                f"{len(self.prefill_choices)} launch rows",
+                f"{len(self.prefill_choices) + 1} launch rows",
                 remedy="Raise num_candidates",
             )
 
@@ -169,4 +179,5 @@ class RequestSchedulingSpec:
             objective=data["objective"],
             prefill_choices=tuple(data["prefill_choices"]),
             num_candidates=data["num_candidates"],
+            longest_wait_s=data["longest_wait_s"],
         )

@@ -20,7 +20,8 @@ One engine iteration under a `Decision`:
    iteration's first prefill: then it is cut at the budget).
 4. All this is one forward pass. At its end each decode, and each prefill that became complete, yields one token.
 
-An iteration in which nothing would run although work is there is launched with the engine's full prefill budget.
+An iteration in which nothing would run although work is there is launched under the engine's default instead (first
+come first served, full budget; the picks are dropped).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The same kernels serve the simulated env and the real engine: they read a `State` and write a `Decision`. A decision
 is built by zero or more picks of waiting requests ("put this one next") and one launch row ("run the iteration with
-this many prefill tokens"). With no picks the engine admits in its own default order.
+this many prefill tokens"), which admits the picks and nobody else: holding requests back under memory pressure is
+worth much. Row 0 launches the engine's own default instead (first come first served, full budget).
 
 When KV blocks would run out in the coming iteration, a *victim* phase comes first: the rows are running requests, and
 choosing one preempts it (the last row offered is the engine's own victim, the last admitted).
@@ -17,6 +18,10 @@ from numba import njit
 
 from .spec import RequestSchedulingSpec
 from .state import NO_LIMIT, Decision, State, reset_decision
+
+OVERDUE_EVERY = 8
+"""One admission in so many goes to the request that waited longest, once it waited longer than allowed: so whoever is
+passed over by a policy still waits a bounded time, and a backlog of the hopeless cannot take the whole engine."""
 
 FEATURE_VERSION = 1
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
@@ -48,7 +53,7 @@ CONTEXT_FEATURES = (
 CANDIDATE_FEATURES = (
     "is a launch row",
     "log2(1 + launch prefill tokens) / 14",
-    "launch row with no prefill",
+    "launch: with no prefill 1, the engine's default -1",
     "launch: prefill tokens that would run / 4096",
     "launch: seconds of the iteration / 0.2 (at most 4)",
     "launch: seconds of the iteration / least TPOT limit running (at most 4)",
@@ -76,7 +81,7 @@ NUM_CONTEXT, NUM_CANDIDATE = len(CONTEXT_FEATURES), len(CANDIDATE_FEATURES)
 TABLE_DTYPE = np.dtype(
     [
         ("num_rows", "i8"),  # launch rows and visible requests
-        ("num_launches", "i8"),
+        ("num_launches", "i8"),  # row 0 (the default) and the prefill choices
         ("num_picked", "i8"),
         ("picked_tokens", "i8"),
         ("picked_blocks", "i8"),
@@ -91,6 +96,7 @@ TABLE_DTYPE = np.dtype(
         ("behind_tpot", "i8"),
         ("oldest_wait", "f8"),  # longest wait, in TTFT limits
         ("ttft_spread", "f8"),
+        ("overdue", "i8"),  # the request that waited longest, if longer than allowed, else -1
         ("blocks_needed", "i8"),  # new blocks that the coming iteration's decodes need
     ],
     align=True,
@@ -103,6 +109,7 @@ class Problem(NamedTuple):
     choices: np.ndarray  # (L,) int64 prefill tokens of the launch rows
     cost: np.ndarray  # (6,) float64 seconds, the calibrated cost model
     mean_e2e: np.ndarray  # (1,) float64, 1 if the objective is mean E2E latency
+    longest_wait_s: np.ndarray  # (1,) float64: who waited longer goes first
 
     @classmethod
     def of(cls, spec: RequestSchedulingSpec) -> Problem:
@@ -110,6 +117,7 @@ class Problem(NamedTuple):
             np.array(spec.prefill_choices, np.int64),
             np.array(spec.cost.coefficients_s, np.float64),
             np.array([float(spec.objective == "mean_e2e")]),
+            np.array([spec.longest_wait_s]),
         )
 
 
@@ -190,11 +198,12 @@ def _blocks_to_admit(row, block_tokens: int) -> int:
 
 
 @njit(cache=True)
-def _shortlist(state: State, table: Table, prefill_s_per_token: float) -> int:
+def _shortlist(state: State, problem: Problem, table: Table) -> int:
     """Choose the waiting requests that get a row. Returns the fewest blocks that any waiting request needs.
 
-    All of them if there is room; else half of the rows for the least predicted work among requests that can still
-    meet their TTFT limit, a quarter for the least work of all, a quarter for the front of the waiting list.
+    All of them if there is room. Else, if goodput is the objective, half of the rows go to the least predicted work
+    among requests that can still meet their TTFT limit; what is left to the least work of all, and an eighth or so to
+    the front of the waiting list. The request that is overdue, if any, is always among them.
     """
     engine, head = state.engine[0], table.head[0]
     first = head.num_launches
@@ -202,10 +211,12 @@ def _shortlist(state: State, table: Table, prefill_s_per_token: float) -> int:
     requests, waiting = state.requests, state.waiting
     num_waiting, now_s = engine.num_waiting, engine.now_s
     few = num_waiting <= room
-    limits = (room - 2 * (room // 4), room // 4)
+    prefill_s_per_token, mean_e2e = problem.cost[1], problem.mean_e2e[0] > 0
+    limits = (room // 2, room - room // 4) if not mean_e2e else (0, room - room // 8)
     hopeful, least = 0, 0
     tokens, hopeless, fewest = 0, 0, NO_LIMIT
     oldest, low, high = 0.0, np.inf, 0.0
+    head.overdue, overdue_since_s = -1, now_s - problem.longest_wait_s[0]
     for i in range(num_waiting):
         row = requests[waiting[i]]
         residual = row.prompt_tokens + row.generated_tokens - row.cached_tokens
@@ -215,10 +226,12 @@ def _shortlist(state: State, table: Table, prefill_s_per_token: float) -> int:
         late = row.generated_tokens == 0 and waited_s + prefill_s_per_token * residual > row.ttft_slo_s
         hopeless += late
         oldest = max(oldest, waited_s / row.ttft_slo_s)
+        if row.arrival_s < overdue_since_s:
+            head.overdue, overdue_since_s = waiting[i], row.arrival_s
         low, high = min(low, row.ttft_slo_s), max(high, row.ttft_slo_s)
         if not few:
             work = residual + max(row.predicted_output_tokens - row.generated_tokens, 1.0)
-            if not late:
+            if not (late or mean_e2e):
                 hopeful = _insert(table.scratch[0], table.chosen[0], hopeful, limits[0], work, i)
             least = _insert(table.scratch[1], table.chosen[1], least, limits[1], work, i)
     head.waiting_tokens, head.hopeless, head.oldest_wait = tokens, hopeless, oldest
@@ -229,10 +242,14 @@ def _shortlist(state: State, table: Table, prefill_s_per_token: float) -> int:
             table.requests[count] = waiting[i]
             count += 1
     else:
+        if head.overdue >= 0:
+            table.requests[count] = head.overdue
+            count += 1
         for which in range(3):
             length = hopeful if which == 0 else least if which == 1 else num_waiting
+            end = len(table.requests) - (room // 8 if which < 2 else 0)
             for j in range(length):
-                if count == len(table.requests):
+                if count == end:
                     break
                 place = table.chosen[which, j] if which < 2 else j
                 seen = False
@@ -269,10 +286,9 @@ def _rank(state: State, table: Table, first: int, count: int) -> None:
 @njit(cache=True)
 def open_table(state: State, problem: Problem, table: Table, decision: Decision) -> bool:
     """Begin the decision of the coming iteration. False if there is nothing to decide (launch the default)."""
-    engine, head = state.engine[0], table.head[0]
+    head = table.head[0]
     reset_decision(state, decision)
-    decision.levers[0].admit_rest = 1
-    head.num_launches = len(problem.choices)
+    head.num_launches = 1 + len(problem.choices)
     _survey(state, table)
     if head.victim:
         _offer_victims(state, table)
@@ -281,13 +297,20 @@ def open_table(state: State, problem: Problem, table: Table, decision: Decision)
 
 
 @njit(cache=True)
+def _launch_tokens(state: State, problem: Problem, row: int) -> int:
+    """Prefill tokens that a launch row allows."""
+    most = state.engine[0].max_batch_tokens - state.engine[0].num_decoding
+    return most if row == 0 else min(problem.choices[row - 1], most)
+
+
+@njit(cache=True)
 def _offer_requests(state: State, problem: Problem, table: Table) -> bool:
     engine, head = state.engine[0], table.head[0]
     for k in range(head.num_launches):
         table.requests[k] = -1
         table.open[k] = True
-        table.scratch[2, k] = np.log2(1.0 + problem.choices[k]) / 14.0
-    fewest = _shortlist(state, table, problem.cost[1])
+        table.scratch[2, k] = np.log2(1.0 + _launch_tokens(state, problem, k)) / 14.0
+    fewest = _shortlist(state, problem, table)
     can_admit = engine.num_waiting > 0 and engine.num_running < engine.max_running and fewest <= engine.kv_blocks_free
     return can_admit or (head.partial_tokens > 0 and engine.num_decoding > 0)
 
@@ -312,6 +335,14 @@ def _offer_victims(state: State, table: Table) -> None:
 
 
 @njit(cache=True)
+def _is_turn_of_overdue(state: State, table: Table) -> bool:
+    """True for every OVERDUE_EVERY-th admission; every admission ended in a finish, a preemption or is running."""
+    engine = state.engine[0]
+    admissions = engine.num_finished + engine.num_preemptions + engine.num_running + table.head[0].num_picked
+    return admissions % OVERDUE_EVERY == 0
+
+
+@njit(cache=True)
 def write_mask(state: State, problem: Problem, table: Table, mask) -> None:
     """bool (K,): which rows may be chosen. Never empty."""
     engine, head = state.engine[0], table.head[0]
@@ -320,24 +351,32 @@ def write_mask(state: State, problem: Problem, table: Table, mask) -> None:
         for k in range(head.num_launches, head.num_rows):
             mask[k] = table.open[k]
         return
-    largest = min(problem.choices[-1], engine.max_batch_tokens - engine.num_decoding)
+    largest = _launch_tokens(state, problem, head.num_launches - 1)
     owed = head.partial_tokens + head.picked_tokens
     room = engine.num_running + head.num_picked < engine.max_running and owed < largest
     if room:
         free = engine.kv_blocks_free - head.picked_blocks - head.blocks_needed
         for k in range(head.num_launches, head.num_rows):
             mask[k] = table.open[k] and table.blocks[k] <= free
-    # Choices that would run the same prefill are one choice: the smallest that covers what is owed ends the list.
-    for k in range(head.num_launches):
-        mask[k] = True
-        if head.num_picked > 0 and k > 0 and problem.choices[k - 1] >= owed:
-            mask[k] = False
-    if engine.num_decoding == 0:  # an iteration in which nothing runs is no choice
-        for k in range(head.num_launches):
-            if problem.choices[k] == 0:
-                mask[k] = False
-    if head.num_picked > 0 and problem.choices[0] == 0:
-        mask[0] = False  # a pick without prefill would be void
+        if head.overdue >= 0 and _is_turn_of_overdue(state, table):
+            overdue = head.num_launches
+            while table.requests[overdue] != head.overdue:
+                overdue += 1
+            if table.open[overdue]:
+                fits = mask[overdue]
+                mask[:] = False
+                if fits:
+                    mask[overdue] = True
+                    return
+    mask[0] = head.num_picked == 0
+    for k in range(1, head.num_launches):
+        # Of choices that would run the same prefill only the smallest is offered, and none that would run nothing.
+        tokens = problem.choices[k - 1]
+        covered = k > 1 and problem.choices[k - 2] >= owed
+        if tokens == 0:
+            mask[k] = engine.num_decoding > 0 and head.num_picked == 0
+        else:
+            mask[k] = owed > 0 and not covered
 
 
 @njit(cache=True)
@@ -360,7 +399,6 @@ def update_observation(state: State, problem: Problem, table: Table, action: int
 @njit(cache=True)
 def _write_context(state: State, problem: Problem, table: Table, context) -> None:
     engine, head = state.engine[0], table.head[0]
-    now_s = engine.now_s
     total, free = float(engine.kv_blocks_total), max(float(engine.kv_blocks_free), 1.0)
     waiting, running = max(engine.num_waiting, 1), max(engine.num_running, 1)
     prefill_s = problem.cost[1]
@@ -395,10 +433,10 @@ def _write_launches(state: State, problem: Problem, table: Table, candidates) ->
     if head.victim:
         return
     owed = head.partial_tokens + head.picked_tokens
-    rest = head.waiting_tokens if head.num_picked == 0 else 0
     for k in range(head.num_launches):
         row = candidates[k]
-        tokens = min(problem.choices[k], owed + rest)
+        allowed = _launch_tokens(state, problem, k)
+        tokens = min(allowed, owed + head.waiting_tokens if k == 0 else owed)
         seconds = (
             problem.cost[0]
             + problem.cost[1] * tokens
@@ -409,7 +447,7 @@ def _write_launches(state: State, problem: Problem, table: Table, candidates) ->
         )
         row[0] = 1.0
         row[1] = table.scratch[2, k]
-        row[2] = problem.choices[k] == 0
+        row[2] = -1.0 if k == 0 else float(allowed == 0)
         row[3] = tokens / 4096.0
         row[4] = min(seconds / 0.2, 4.0)
         row[5] = min(seconds / head.least_tpot_s, 4.0)
@@ -475,8 +513,9 @@ def choose(state: State, problem: Problem, table: Table, decision: Decision, act
         levers.admit_rest = 0  # nothing is admitted in an iteration that had to preempt
         return head.victim == 0
     if request < 0:
-        levers.prefill_tokens = problem.choices[action]
-        levers.admit_rest = 1 if levers.num_order == 0 else 0
+        if action > 0:
+            levers.prefill_tokens = problem.choices[action - 1]
+            levers.admit_rest = 0
         return True
     decision.order[levers.num_order] = request
     levers.num_order += 1
@@ -507,7 +546,7 @@ def action_of(state: State, problem: Problem, table: Table, mask, wanted: Decisi
     """The row that brings the table closest to what a rule wants: its pick number `follow`, else a launch.
 
     `wanted` is the decision of the rule for this state. A rule that has run out of picks, or whose next pick is not
-    on the table, launches with the smallest choice that covers its prefill budget.
+    on the table, launches with the choice nearest to its prefill budget.
     """
     head, levers = table.head[0], wanted.levers[0]
     if head.victim:
@@ -519,19 +558,16 @@ def action_of(state: State, problem: Problem, table: Table, mask, wanted: Decisi
         owed = head.partial_tokens + head.picked_tokens
         reserve = levers.kv_reserve_blocks if engine.num_running + head.num_picked > 0 else 0
         for k in range(head.num_launches, head.num_rows):
-            if mask[k] and table.requests[k] == wanted.order[follow] and owed < levers.prefill_tokens:
-                if table.blocks[k] + head.picked_blocks + reserve <= engine.kv_blocks_free:
-                    return k
-    budget = levers.prefill_tokens
-    held = levers.admit_rest == 0 and head.num_picked == 0
-    if held:  # without a pick a launch admits by default: give the budget only to what runs already
-        budget = min(budget, head.partial_tokens)
-    last = -1
-    for k in range(head.num_launches):
-        if (
-            mask[k]
-            and (last < 0 or problem.choices[last] < budget)
-            and (not held or last < 0 or problem.choices[k] <= budget)
-        ):
-            last = k
-    return last
+            fits = table.blocks[k] + head.picked_blocks + reserve <= engine.kv_blocks_free
+            if mask[k] and table.requests[k] == wanted.order[follow] and owed < levers.prefill_tokens and fits:
+                return k
+    first_launch = 0 if follow == 0 and levers.num_order == 0 and levers.admit_rest == 1 else 1
+    if first_launch == 0 and mask[0] and engine.num_waiting > 0 and engine.num_running < levers.max_running:
+        return 0
+    best, best_distance = -1, np.inf
+    for k in range(1, head.num_launches):
+        if mask[k]:
+            distance = abs(np.log2((64.0 + problem.choices[k - 1]) / (64.0 + levers.prefill_tokens)))
+            if distance < best_distance:
+                best, best_distance = k, distance
+    return best if best >= 0 else np.argmax(mask)
