@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..envs.core.errors import InputError
@@ -114,7 +114,7 @@ def save_checkpoint(
     temporary.mkdir()
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS)
+        (temporary / WEIGHTS).write_bytes(save(tensors))  # save_file makes files that only the owner can read
         (temporary / CONFIG).write_text(text)
         (temporary / CARD).write_text(card)
         if with_onnx:
@@ -123,7 +123,8 @@ def save_checkpoint(
             metadata = {key: config[key] for key in ("env_id", "feature_version")}
             (temporary / ONNX).write_bytes(onnx_bytes(network, metadata))
         if resume is not None:
-            save_file({name: tensor.contiguous() for name, tensor in resume[0].items()}, temporary / RESUME_TENSORS)
+            state = {name: tensor.contiguous() for name, tensor in resume[0].items()}
+            (temporary / RESUME_TENSORS).write_bytes(save(state))
             (temporary / RESUME_JSON).write_text(json.dumps(resume[1]))
         if folder.exists():
             os.rename(folder, replaced)

@@ -204,7 +204,8 @@ def _fit(
             optimizer.step()
             totals += imitation.item(), value_loss.item()
             num_batches += 1
-    return {"cross_entropy": totals[0] / num_batches, "value_loss": totals[1] / num_batches}
+    imitation_mean, value_mean = (float(total) for total in totals / num_batches)
+    return {"cross_entropy": imitation_mean, "value_loss": value_mean}
 
 
 def _values(policy: PointerPolicy, obs: dict[str, np.ndarray]) -> np.ndarray:

@@ -276,6 +276,13 @@ def deepsets_logits(weights, context, candidates, mask, logits_out):  # pragma: 
 
 
 @njit(cache=True)
+def deepsets_batch(weights, context, candidates, mask, logits_out, values_out):  # pragma: no cover - compiled
+    """`deepsets_logits` of B tables: arguments with a leading axis B, and values_out float32 (B,)."""
+    for b in range(context.shape[0]):
+        values_out[b] = deepsets_logits(weights, context[b], candidates[b], mask[b], logits_out[b])
+
+
+@njit(cache=True)
 def deepsets_choose(weights, context, candidates, mask, logits_out):  # pragma: no cover - compiled
     """Index of the best live row, the first of equals; -1 if every row is masked. Arguments as `deepsets_logits`."""
     deepsets_logits(weights, context, candidates, mask, logits_out)

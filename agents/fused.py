@@ -1,8 +1,8 @@
 """DeepSets over live rows with a hand-written backward pass: what PPO spends its time in.
 
 Matrix products go to torch, everything between them is one compiled pass each, and every large array lives in a
-`Workspace` that is allocated once. The gradient equals autograd's of the plain network (tested); on two-thirds empty
-tables of 64 rows it costs about a tenth of the padded network under autograd.
+`Workspace` that is allocated once. The gradient equals autograd's of the plain network (tested). Forward and backward
+of tables with 11 of 64 rows live take 8 (hidden 32) to 15 (hidden 64) times less CPU time than the padded network.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr(module, "save", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path / "policy", network(), CONFIG, "second", with_onnx=False)
     assert load_checkpoint(tmp_path / "policy").card == "first"

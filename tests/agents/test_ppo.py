@@ -116,3 +116,24 @@ def test_other_wrappers_are_refused(make_env):
     model = FastMaskablePPO(PointerPolicy, VecMonitor(SB3VecEnv(make_env())), n_steps=16)
     with pytest.raises(ValueError, match="SB3VecEnv"):
         model.learn(100)
+
+
+def test_sb3_can_save_and_load_it(make_env, tmp_path):
+    model = FastMaskablePPO(PointerPolicy, SB3VecEnv(make_env()), n_steps=16, policy_kwargs={"hidden": 8}, seed=0)
+    model.set_reference(model.policy, 0.1)
+    model.learn(128)
+    model.save(tmp_path / "model")
+    loaded = FastMaskablePPO.load(tmp_path / "model", SB3VecEnv(make_env()), device="cpu")
+    obs = loaded.env.reset()
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+    loaded.learn(128, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 256
+
+
+def test_predicts_for_any_number_of_candidates(make_env):
+    model = FastMaskablePPO(PointerPolicy, SB3VecEnv(make_env(num_candidates=6)), n_steps=16)
+    env = make_env(num_candidates=30)
+    actions, _ = model.predict(env.reset(seed=1)[0], deterministic=True)
+    assert env.action_masks()[np.arange(8), actions].all()
+    single = {key: value[0] for key, value in env.obs.items()}
+    assert model.predict(single, deterministic=True)[0] == actions[0]
