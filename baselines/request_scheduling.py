@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from ..envs.request_scheduling.rule import Rule, pick_smallest
+from ..envs.request_scheduling.state import FINISHED, REFUSED, RUNNING
 
 FCFS, SJF_PROMPT, SJF, SRPT, PREDICTED_RANK, RESIDUAL, HOPELESS_LAST, HOPELESS_LAST_SRPT, PRIORITY, EDF = range(10)
 """Orders of the kernel `ordered`."""
@@ -87,6 +88,18 @@ def set_token_budget(state, decision, tokens):
 
 
 @njit(cache=True)
+def write_keys(state, params, keys):
+    """Keys of the waiting requests (num_waiting,) under the params of `ordered`."""
+    now_s = state.engine[0].now_s
+    for i in range(state.engine[0].num_waiting):
+        row = state.requests[state.waiting[i]]
+        waited_s = now_s - row.arrival_s
+        keys[i] = order_key(int(params[0]), row, now_s, params[4], params[6]) - params[5] * waited_s
+        if waited_s > params[8]:
+            keys[i] = row.arrival_s - HOPELESS
+
+
+@njit(cache=True)
 def ordered(state, params, memory, decision):
     """Serve the waiting list in a fixed order within fixed limits.
 
@@ -106,13 +119,7 @@ def ordered(state, params, memory, decision):
     if levers.prefill_tokens == 0:
         return
     keys = memory[: engine.num_waiting]
-    now_s = engine.now_s
-    for i in range(engine.num_waiting):
-        row = state.requests[state.waiting[i]]
-        waited_s = now_s - row.arrival_s
-        keys[i] = order_key(kind, row, now_s, params[4], params[6]) - params[5] * waited_s
-        if waited_s > params[8]:
-            keys[i] = row.arrival_s - HOPELESS
+    write_keys(state, params, keys)
     levers.admit_rest = 0
     pick_smallest(state, keys, decision, levers.prefill_tokens)
 
@@ -138,22 +145,22 @@ def ordered_rule(
 
 @njit(cache=True)
 def static_batching(state, params, memory, decision):
-    """A batch of up to params[0] requests runs to its longest member before the next one starts.
+    """A batch of up to params[0] requests runs to its longest member before the next one is formed.
 
-    Memory: requests of the present batch that are still to be admitted (its prompts may take several iterations).
+    Memory: the number of the present batch, then per request the batch that it belongs to. A member that has not
+    fitted yet, or was preempted, stays a member.
     """
     engine, levers = state.engine[0], decision.levers[0]
+    member_of = memory[1:]
     if engine.num_running == 0:
-        memory[0] = min(int(params[0]), engine.num_waiting)
-        memory[1] = engine.num_arrived
-    admitted = 0
+        memory[0] += 1
+        for i in range(min(int(params[0]), engine.num_waiting)):
+            member_of[state.waiting[i]] = memory[0]
     for i in range(engine.num_waiting):
-        request = state.waiting[i]
-        if admitted < memory[0] and request < memory[1] and state.requests[request].preemptions == 0:
-            decision.order[admitted] = request
-            admitted += 1
-    levers.num_order = admitted
-    levers.admit_rest = engine.num_running == 0
+        if member_of[state.waiting[i]] == memory[0]:
+            decision.order[levers.num_order] = state.waiting[i]
+            levers.num_order += 1
+    levers.admit_rest = 0
 
 
 @njit(cache=True)
@@ -200,11 +207,17 @@ def preemptive_srpt(state, params, memory, decision):
     """
     ordered(state, params, memory, decision)
     engine, levers = state.engine[0], decision.levers[0]
-    if levers.num_order == 0 or engine.num_running < 2:
+    if engine.num_waiting == 0 or engine.num_running == 0 or levers.prefill_tokens == 0:
         return
+    if levers.num_order == 0:  # no request may join the running, but one may take the place of another
+        keys = memory[: engine.num_waiting]
+        write_keys(state, params, keys)
+        decision.order[0] = state.waiting[np.argmin(keys)]
+        levers.num_order, levers.admit_rest = 1, 0
     first = state.requests[decision.order[0]]
     need = (first.prompt_tokens + first.generated_tokens) // engine.block_tokens + 1
-    if engine.kv_blocks_free >= need + levers.kv_reserve_blocks and engine.num_running < levers.max_running:
+    most_running = min(levers.max_running, engine.max_running)
+    if engine.kv_blocks_free >= need + levers.kv_reserve_blocks and engine.num_running < most_running:
         return
     work = residual_prompt(first) + params[4] * predicted_remaining(first)
     worst, worst_work = -1, 0.0
@@ -227,7 +240,7 @@ def fastserve(state, params, memory, decision):
     params[1] seconds goes to the top. Higher levels first, in order of arrival within a level; a waiting request of
     a higher level preempts a running one of a lower level when there is no room (KV is recomputed here, where
     FastServe swaps it to the host). params[2]: most running requests.
-    Memory per request: level + 1 (0: not seen), service at entry into the level, time of entry.
+    Memory per request: level + 1 (0: not seen), service at entry into the level, since when it waits; a sort key.
     """
     engine, levers = state.engine[0], decision.levers[0]
     levers.max_running = int(params[2])
@@ -244,23 +257,28 @@ def fastserve(state, params, memory, decision):
                 level += 1
             slot[0], slot[1], slot[2] = level + 1, 0.0, engine.now_s
         service = float(row.prompt_tokens if row.generated_tokens > 0 else 0) + row.generated_tokens
-        if service - slot[1] > params[0] * 2.0 ** (slot[0] - 1) and slot[0] < num_levels:
-            slot[0], slot[1], slot[2] = slot[0] + 1, service, engine.now_s
-        if waiting:
+        # every level passed since the last look: a decision may come after many iterations
+        while slot[0] < num_levels and service - slot[1] > params[0] * 2.0 ** (slot[0] - 1):
+            slot[1] += params[0] * 2.0 ** (slot[0] - 1)
+            slot[0] += 1
+        if not waiting:
+            slot[2] = engine.now_s
+        else:
             if engine.now_s - slot[2] > params[1]:
                 slot[0], slot[1], slot[2] = 1, service, engine.now_s
             keys[i] = slot[0] * HOPELESS + row.arrival_s
     if engine.num_waiting == 0:
         return
     levers.admit_rest = 0
+    first = state.waiting[np.argmin(keys[: engine.num_waiting])]
     pick_smallest(state, keys[: engine.num_waiting], decision, levers.prefill_tokens)
-    if levers.num_order == 0:
-        return
-    first = decision.order[0]
+    if levers.num_order == 0:  # no request may join the running, but one may take the place of another
+        decision.order[0] = first
+        levers.num_order = 1
     row = state.requests[first]
     need = (row.prompt_tokens + row.generated_tokens) // engine.block_tokens + 1
     free = engine.kv_blocks_free
-    room = levers.max_running - engine.num_running
+    room = min(levers.max_running, engine.max_running) - engine.num_running
     while free < need or room < 1:
         worst = -1
         for i in range(engine.num_running - 1, -1, -1):
@@ -271,6 +289,7 @@ def fastserve(state, params, memory, decision):
             if not taken and (worst < 0 or memory[3 * request] > memory[3 * worst]):
                 worst = request
         if worst < 0 or memory[3 * worst] <= memory[3 * first]:
+            levers.num_preempt = 0  # it would not fit all the same
             break
         decision.preempt[levers.num_preempt] = worst
         levers.num_preempt += 1
@@ -282,38 +301,67 @@ def fastserve(state, params, memory, decision):
 def vtc(state, params, memory, decision):
     """Virtual token counters (Sheng et al., OSDI 2024): fair service by weighted tokens per client.
 
-    Each client has a counter of the service it got: params[0] a prompt token, params[1] an output token. The client
-    with the smallest counter among those that wait goes next. A client that comes back to the queue is lifted to the
-    smallest counter of the waiting clients. Clients are taken modulo 256.
-    Memory: 256 counters, 256 marks of who waited, then per request the tokens already charged and a sort key.
+    Each client has a counter of the service it got: params[0] a prompt token, charged at admission, params[1] an
+    output token. The client with the smallest counter among those that wait goes next, request by request. A client
+    that comes back to the queue is lifted to the smallest counter of those that waited there. Clients are taken
+    modulo 256.
+    Memory: first request that may still owe a charge, 256 counters, 256 counters with the picks charged, then per
+    request the service charged, 1 if it was seen waiting, and 1 if it is picked.
     """
     engine, levers = state.engine[0], decision.levers[0]
-    clients = 256
-    charged = memory[2 * clients : 2 * clients + len(state.requests)]
-    keys = memory[2 * clients + len(state.requests) :]
-    for i in range(engine.num_running):
-        request = state.running[i]
+    clients, n = 256, len(state.requests)
+    counters, ahead = memory[1 : 1 + clients], memory[1 + clients : 1 + 2 * clients]
+    first = 1 + 2 * clients
+    charged, seen, picked = memory[first : first + n], memory[first + n : first + 2 * n], memory[first + 2 * n :]
+    while memory[0] < engine.num_arrived and seen[int(memory[0])] < 0.0:
+        memory[0] += 1
+    for request in range(int(memory[0]), engine.num_arrived):  # the finished too: they may never have been seen to run
         row = state.requests[request]
-        service = params[0] * row.prompt_tokens + params[1] * row.generated_tokens
-        memory[row.client % clients] += service - charged[request]
-        charged[request] = service
+        if row.status == RUNNING or row.status == FINISHED:
+            service = params[0] * row.prompt_tokens + params[1] * row.generated_tokens
+            counters[row.client % clients] += service - charged[request]
+            charged[request] = service
+        if row.status == FINISHED or row.status == REFUSED:
+            seen[request] = -1.0
     lowest = np.inf
     for i in range(engine.num_waiting):
-        client = state.requests[state.waiting[i]].client % clients
-        if memory[clients + client] > 0:
-            lowest = min(lowest, memory[client])
+        request = state.waiting[i]
+        client = state.requests[request].client % clients
+        ahead[client] = 0.0
+        if seen[request] > 0.0:
+            lowest = min(lowest, counters[client])
+    for i in range(engine.num_waiting):
+        request = state.waiting[i]
+        if seen[request] > 0.0:
+            ahead[state.requests[request].client % clients] = 1.0
+    for i in range(engine.num_waiting):
+        request = state.waiting[i]
+        client = state.requests[request].client % clients
+        if ahead[client] == 0.0 and lowest < np.inf:
+            counters[client] = max(counters[client], lowest)
+        seen[request] = 1.0
+        picked[request] = 0.0
     for i in range(engine.num_waiting):
         client = state.requests[state.waiting[i]].client % clients
-        if memory[clients + client] == 0 and lowest < np.inf:
-            memory[client] = max(memory[client], lowest)
-        memory[clients + client] = 2
-    for client in range(clients):
-        memory[clients + client] = max(memory[clients + client] - 1, 0)
-    for i in range(engine.num_waiting):
-        row = state.requests[state.waiting[i]]
-        keys[i] = memory[row.client % clients] * 1e6 + row.arrival_s
+        ahead[client] = counters[client]
     levers.admit_rest = 0
-    pick_smallest(state, keys[: engine.num_waiting], decision, levers.prefill_tokens)
+    tokens, room = levers.prefill_tokens, engine.max_running - engine.num_running
+    while tokens > 0 and room > 0:
+        best, least = -1, np.inf
+        for i in range(engine.num_waiting):
+            request = state.waiting[i]
+            counter = ahead[state.requests[request].client % clients]
+            if picked[request] == 0.0 and counter < least:
+                best, least = request, counter
+        if best < 0:
+            return
+        row = state.requests[best]
+        picked[best] = 1.0
+        ahead[row.client % clients] += params[0] * row.prompt_tokens - min(charged[best], params[0] * row.prompt_tokens)
+        decision.order[levers.num_order] = best
+        levers.num_order += 1
+        tokens -= residual_prompt(row)
+        room -= 1
 
 
 @njit(cache=True)
@@ -367,7 +415,9 @@ SARATHI = "Sarathi-Serve (Agrawal et al., OSDI 2024)"
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule("static_batching", static_batching, (64.0,), memory_size=2, source="FasterTransformer"),
+        Rule(
+            "static_batching", static_batching, (64.0,), memory_size=1, memory_per_request=1, source="FasterTransformer"
+        ),
         ordered_rule("orca", FCFS, whole_prompts=True, source="Orca (Yu et al., OSDI 2022); Flover (2023)"),
         ordered_rule("fcfs", FCFS, source=VLLM),
         ordered_rule("vllm_priority", PRIORITY, source=VLLM + ", scheduling policy `priority`"),
@@ -398,6 +448,6 @@ RULES: dict[str, Rule] = {
         ordered_rule("edf", EDF, token_budget=2048, source="earliest TTFT deadline first"),
         Rule("fastserve", fastserve, (256.0, 60.0, 256.0), memory_per_request=4, source="FastServe (Wu et al., 2023)"),
         Rule("p_pas", p_pas, (512.0, 4096.0, 16384.0), source="P-PAS: prefill budget that adapts to load"),
-        Rule("vtc", vtc, (1.0, 2.0), memory_size=512, memory_per_request=2, source="VTC (Sheng et al., OSDI 2024)"),
+        Rule("vtc", vtc, (1.0, 2.0), memory_size=513, memory_per_request=3, source="VTC (Sheng et al., OSDI 2024)"),
     )
 }

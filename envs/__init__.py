@@ -1,1 +1,12 @@
-"""What is decided: gymnasium environments. Importing this registers their ids."""
+"""What is decided: gymnasium environments. Importing this registers their ids.
+
+The classes are named by strings: `import schedlab.envs` loads no simulator and compiles nothing.
+"""
+
+from gymnasium.envs.registration import register
+
+register(
+    id="schedlab/RequestScheduling-v0",
+    entry_point="schedlab.envs.request_scheduling.env:RequestSchedulingEnv",
+    vector_entry_point="schedlab.envs.request_scheduling.env:RequestSchedulingVectorEnv",
+)

@@ -83,9 +83,10 @@ class PointerVectorEnv(VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take one action in each env."""
-        actions = self._legal(np.asarray(actions, np.int64))
+        given = np.asarray(actions, np.int64)
+        actions = self._legal(given)
         reward, terminated, truncated = self._step_envs(actions)
-        info: dict[str, Any] = {}
+        info: dict[str, Any] = {} if actions is given else {"illegal_action": actions != given}
         done = terminated | truncated
         if done.any():
             final = self.observation()
@@ -148,15 +149,12 @@ class PointerEnv(gym.Env):
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Take one action."""
         env = self.vector_env
-        actions = env._legal(np.array([action], np.int64))
+        given = np.array([action], np.int64)
+        actions = env._legal(given)
         reward, terminated, truncated = env._step_envs(actions)
-        return (
-            self._observation(),
-            float(reward[0]),
-            bool(terminated[0]),
-            bool(truncated[0]),
-            {"action_mask": self.action_masks()},
-        )
+        info: dict[str, Any] = {} if actions is given else {"illegal_action": True}
+        info["action_mask"] = self.action_masks()
+        return self._observation(), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def action_masks(self) -> np.ndarray:
         """bool (K,), True where an action is legal."""
@@ -166,8 +164,9 @@ class PointerEnv(gym.Env):
         return {name: array[0] for name, array in self.vector_env.observation().items()}
 
     def render(self) -> Any:
-        """What the vector env renders."""
-        return self.vector_env.render()
+        """What the vector env renders of its env."""
+        frames = self.vector_env.render()
+        return None if frames is None else frames[0]
 
     def close(self) -> None:
         """Release what the env holds."""

@@ -69,6 +69,8 @@ class Batch(NamedTuple):
     lru: np.ndarray  # (B, H + 1, 2)
     segment_start: np.ndarray  # (B, N)
     chunk: np.ndarray  # (B, N)
+    tokens_left: np.ndarray  # (B, N)
+    full: np.ndarray  # (B, N + 1)
     no_segments: np.ndarray  # (0, 3): training keeps no record
     no_times: np.ndarray  # (0,)
     choices: np.ndarray  # (B, L)
@@ -107,6 +109,8 @@ def empty_batch(num_envs: int, requests: int, positions: int, blocks: int, choic
         lru=np.zeros((b, blocks + 1, 2), i8),
         segment_start=np.zeros((b, n), i8),
         chunk=np.zeros((b, n), i8),
+        tokens_left=np.zeros((b, n), i8),
+        full=np.zeros((b, n + 1), i8),
         no_segments=np.zeros((0, 3), i8),
         no_times=np.zeros(0),
         choices=np.zeros((b, choices), i8),
@@ -142,6 +146,8 @@ def sim_of(batch: Batch, e: int) -> Sim:
         batch.lru[e],
         batch.segment_start[e],
         batch.chunk[e],
+        batch.tokens_left[e],
+        batch.full[e],
         batch.no_segments,
         batch.no_times,
         batch.no_times,
@@ -276,7 +282,7 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
     REFERENCE: continuous batching as in Orca (OSDI 2022), vLLM (SOSP 2023) and Sarathi-Serve (OSDI 2024).
     """
 
-    metadata = {**PointerVectorEnv.metadata, "render_modes": ["rgb_array"]}  # noqa: RUF012
+    metadata = {**PointerVectorEnv.metadata, "render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
         self,
@@ -344,6 +350,8 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
             workload = workload.window(begin, begin + self.episode_requests)
         n, engine = len(workload), task.spec.engine
         self.task_index[e] = index
+        if self._followed:  # what a rule remembers belongs to an episode
+            self._followed["memory"][e] = 0.0
         batch.requests[e].view(np.uint8)[:] = 0
         batch.trace[e, :n] = trace_rows(task.spec, workload)
         batch.cost[e] = task.spec.cost.coefficients_s
@@ -370,9 +378,10 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
         """
         n = self.batch.order.shape[1]
         kernel = rules[0].decide_kernel
-        if not self._followed:
+        if self._followed.get("kernel") is not kernel:
             size = rules[0].new_memory(n).size
             self._followed = {
+                "kernel": kernel,
                 "memory": np.zeros((self.num_envs, size)),
                 "levers": np.zeros((self.num_envs, 1), LEVERS_DTYPE),
                 "order": np.zeros((self.num_envs, n), np.int64),
@@ -385,6 +394,16 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
             self.batch, kernel, params, f["memory"], f["levers"], f["order"], f["preempt"], self.action_mask, actions
         )
         return actions
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A picture of each engine, uint8 (height, width, 3); None without a render mode."""
+        if self.render_mode is None:
+            return None
+        from .render import draw_engine, rgb_array
+
+        b = self.batch
+        states = (State(b.engine[e], b.requests[e], b.waiting[e], b.running[e]) for e in range(self.num_envs))
+        return tuple(rgb_array(draw_engine(state)) for state in states)
 
     @property
     def iterations(self) -> np.ndarray:
@@ -402,7 +421,7 @@ def _most_positions(workload: Workload, requests: int) -> int:
 class RequestSchedulingEnv(PointerEnv):
     """One request scheduling env: see `RequestSchedulingVectorEnv`, whose keyword arguments it takes."""
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(RequestSchedulingVectorEnv(1, **kwargs))

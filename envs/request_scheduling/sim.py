@@ -49,6 +49,8 @@ BOOKS_DTYPE = np.dtype(
         ("next_admission", "i8"),
         ("blocks_unused", "i8"),  # free blocks that hold nothing
         ("blocks_idle", "i8"),  # free blocks that hold a cached prefix
+        ("decode_context", "i8"),  # tokens that the next iteration's decodes read; -1: to be counted
+        ("num_full", "i8"),
         ("num_segments", "i8"),
         ("recording", "i8"),
         ("last_arrival_s", "f8"),
@@ -76,6 +78,8 @@ class Sim(NamedTuple):
     lru: np.ndarray  # (H + 1, 2) int64: previous, next in the ring of idle blocks; entry H is the sentinel
     segment_start: np.ndarray  # (N,) int64: first iteration of the open token segment
     chunk: np.ndarray  # (N,) int64: prefill tokens in this iteration
+    tokens_left: np.ndarray  # (N,) int64: output tokens still to come
+    full: np.ndarray  # (N,) int64: decoding requests whose last block is full, the first books.num_full
     segments: np.ndarray  # (S, 3) int64, Timeline.segments (only if recording)
     iteration_start_s: np.ndarray  # (I,) float64 (only if recording)
     iteration_end_s: np.ndarray  # (I,) float64
@@ -222,6 +226,7 @@ def absorb_arrivals(sim: Sim) -> None:
             books.num_refused += 1
             continue
         row.status = WAITING
+        sim.tokens_left[request] = trace.output_tokens
         sim.state.waiting[engine.num_waiting] = request
         engine.num_waiting += 1
         books.latency_s += engine.now_s - trace.arrival_s
@@ -270,6 +275,7 @@ def _preempt(sim: Sim, index: int) -> None:
     engine.num_waiting += 1
     engine.num_preemptions += 1
     row = state.requests[request]
+    sim.books[0].decode_context = -1
     if row.computed_tokens >= row.prefill_target:
         engine.num_decoding -= 1
     _close_segment(sim, request)
@@ -338,9 +344,19 @@ def _admit(sim: Sim, request: int, levers, left: int, first_prefill: bool) -> in
 
 @njit(cache=True)
 def _schedule_decodes(sim: Sim) -> int:
-    """Give every decode a place for its token, preempting the last admitted when blocks run out."""
-    state, engine = sim.state, sim.state.engine[0]
+    """Give every decode a place for its token, preempting the last admitted when blocks run out.
+
+    Returns the tokens of context that the decodes read. The common case, known from the end of the last iteration, is
+    that nobody was preempted and that there are blocks for all whose last one is full.
+    """
+    state, engine, books = sim.state, sim.state.engine[0], sim.books[0]
     requests, running = state.requests, state.running
+    if books.decode_context >= 0 and books.num_full <= engine.kv_blocks_free:
+        for i in range(books.num_full):
+            requests[sim.full[i]].kv_blocks += 1
+        if books.num_full:
+            _take_blocks(sim, books.num_full)
+        return books.decode_context
     block_tokens = engine.block_tokens
     context = 0
     i = 0
@@ -358,6 +374,20 @@ def _schedule_decodes(sim: Sim) -> int:
             context += computed + 1
         i += 1
     return context
+
+
+@njit(cache=True)
+def _drop_admitted(state: State, num_admitted: int) -> None:
+    """Take the requests just admitted out of the waiting list; most often they stand at its front."""
+    engine, requests, waiting = state.engine[0], state.requests, state.waiting
+    kept = i = 0
+    while i - kept < num_admitted:
+        waiting[kept] = waiting[i]
+        kept += requests[waiting[i]].status == WAITING
+        i += 1
+    for j in range(i, engine.num_waiting):
+        waiting[j - num_admitted] = waiting[j]
+    engine.num_waiting -= num_admitted
 
 
 @njit(cache=True)
@@ -405,13 +435,7 @@ def _schedule_prefills(sim: Sim, decision: Decision, levers) -> int:
             left -= tokens
             num_admitted += 1
     if num_admitted:
-        kept = 0
-        for i in range(engine.num_waiting):
-            request = state.waiting[i]
-            if state.requests[request].status == WAITING:
-                state.waiting[kept] = request
-                kept += 1
-        engine.num_waiting = kept
+        _drop_admitted(state, num_admitted)
     return budget - left
 
 
@@ -459,7 +483,8 @@ def _advance_prefill(sim: Sim, request: int) -> bool:
         books.ttft_s += engine.now_s - row.arrival_s
         if engine.now_s - row.arrival_s <= row.ttft_slo_s:
             books.ttft_met += row.slo_weight
-    return row.generated_tokens >= sim.trace[request].output_tokens
+    sim.tokens_left[request] -= 1
+    return sim.tokens_left[request] == 0
 
 
 @njit(cache=True)
@@ -469,28 +494,37 @@ def _yield_tokens(sim: Sim) -> None:
     The loop over decodes is the simulator's hottest: it calls nothing, because handing over `sim` costs more than
     the work itself.
     """
-    state, engine = sim.state, sim.state.engine[0]
-    requests, running, trace, chunk = state.requests, state.running, sim.trace, sim.chunk
-    now_s = engine.now_s
-    kept = 0
+    state, engine, books = sim.state, sim.state.engine[0], sim.books[0]
+    requests, running, chunk, tokens_left, full = state.requests, state.running, sim.chunk, sim.tokens_left, sim.full
+    now_s, block_tokens = engine.now_s, engine.block_tokens
+    kept = num_full = context = 0
     for i in range(engine.num_running):
         request = running[i]
         row = requests[request]
+        computed = row.computed_tokens
         over = False
-        if row.computed_tokens >= row.prefill_target:
-            row.computed_tokens += 1
+        if computed >= row.prefill_target:
+            computed += 1
+            row.computed_tokens = computed
             row.generated_tokens += 1
             row.last_token_s = now_s
-            over = row.generated_tokens >= trace[request].output_tokens
+            tokens_left[request] -= 1
+            over = tokens_left[request] == 0
         elif chunk[request] > 0:
             over = _advance_prefill(sim, request)
+            computed = row.computed_tokens
         if over:
             engine.num_decoding -= 1
             _finish(sim, request)
-        else:
-            running[kept] = request
-            kept += 1
+            continue
+        running[kept] = request
+        kept += 1
+        if computed >= row.prefill_target:
+            context += computed + 1
+            full[num_full] = request
+            num_full += computed == row.kv_blocks * block_tokens
     engine.num_running = kept
+    books.decode_context, books.num_full = context, num_full
 
 
 @njit(cache=True)
@@ -540,7 +574,7 @@ def fast_forward(sim: Sim) -> int:
     context = 0
     for i in range(decodes):
         row = requests[running[i]]
-        most = min(most, sim.trace[running[i]].output_tokens - row.generated_tokens)
+        most = min(most, sim.tokens_left[running[i]])
         context += row.computed_tokens + 1
     while most > 0:
         blocks = 0
@@ -578,6 +612,7 @@ def fast_forward(sim: Sim) -> int:
         row = requests[running[i]]
         row.computed_tokens += steps - 1  # the last of them is booked by _yield_tokens
         row.generated_tokens += steps - 1
+        sim.tokens_left[running[i]] -= steps - 1
         blocks = (row.computed_tokens + block_tokens) // block_tokens
         if blocks > row.kv_blocks:
             _take_blocks(sim, blocks - row.kv_blocks)
@@ -666,6 +701,8 @@ def start(sim: Sim, kv_blocks, block_tokens, max_batch_tokens, max_running, pref
     books.blocks_unused = kv_blocks
     books.blocks_idle = 0
     books.num_segments = 0
+    books.decode_context = 0
+    books.num_full = 0
     books.recording = recording
     books.last_arrival_s = 0.0
     books.latency_s = 0.0
@@ -790,6 +827,8 @@ def new_sim(spec: RequestSchedulingSpec, workload: Workload, recording: bool) ->
         lru=np.zeros((blocks + 1, 2), np.int64),
         segment_start=np.zeros(max(n, 1), np.int64),
         chunk=np.zeros(max(n, 1), np.int64),
+        tokens_left=np.zeros(max(n, 1), np.int64),
+        full=np.zeros(max(n, 1) + 1, np.int64),
         segments=np.empty((room, 3), np.int64),
         iteration_start_s=np.empty(room),
         iteration_end_s=np.empty(room),

@@ -447,7 +447,7 @@ def _write_launches(state: State, problem: Problem, table: Table, candidates) ->
         )
         row[0] = 1.0
         row[1] = table.scratch[2, k]
-        row[2] = -1.0 if k == 0 else float(allowed == 0)
+        row[2] = -1.0 if k == 0 else 1.0 if allowed == 0 else 0.0
         row[3] = tokens / 4096.0
         row[4] = min(seconds / 0.2, 4.0)
         row[5] = min(seconds / head.least_tpot_s, 4.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from schedlab.envs.request_scheduling.sim import Simulator
 from schedlab.envs.request_scheduling.spec import CostModel, EngineSpec, RequestSchedulingSpec, SloClass
-from schedlab.envs.request_scheduling.state import NO_LIMIT, Decision
+from schedlab.envs.request_scheduling.state import FINISHED, NO_LIMIT, RUNNING, Decision
 from schedlab.envs.request_scheduling.workload import Workload, dense_ids
 
 # Fractions of two: sums of them are exact in floating point, whatever their order.
@@ -125,3 +125,45 @@ def assert_no_block_leaked(simulator: Simulator) -> None:
     assert engine["num_running"] == engine["num_waiting"] == engine["num_decoding"] == 0
     assert not simulator.sim.block_refs.any() and not simulator.sim.hash_held.any()
     assert simulator.sim.block_cached.sum() == books["blocks_idle"]
+
+
+def watch(simulator: Simulator, policy) -> list[str]:
+    """Step a policy over a simulator and tell what each iteration did, such as `2s: r0 d, r1 +4 | 3 blocks`.
+
+    The time is the iteration's end; `+4` prefills four tokens, `d` decodes one, `end` marks the request's last token,
+    `out` is a preemption; then the blocks in use while the iteration ran.
+    """
+    policy.reset(simulator.state())
+    story: list[str] = []
+    done = False
+    while not done:
+        decision = simulator.default_decision()
+        policy.decide(simulator.state(), decision)
+        before = simulator.sim.state.requests.copy()
+        count = int(simulator.sim.state.engine[0]["iterations"])
+        done = simulator.step(decision).done
+        after, events = simulator.sim.state.requests, []
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new["preemptions"] > old["preemptions"]:
+                events.append(f"r{i} out")
+                old = dict(zip(old.dtype.names, old, strict=True), computed_tokens=0, admission=-1)
+            start = new["cached_tokens"] if new["admission"] != old["admission"] else old["computed_tokens"]
+            if new["computed_tokens"] == start:
+                continue
+            decodes = old["status"] == RUNNING and old["computed_tokens"] >= old["prefill_target"]
+            what = "d" if decodes else f"+{new['computed_tokens'] - start}"
+            events.append(f"r{i} {what}" + " end" * bool(new["status"] == FINISHED))
+        record = simulator.timeline()
+        story.append(
+            f"{record.iteration_end_s[count]:.12g}s: {', '.join(events)} | {record.kv_blocks_used[count]} blocks"
+        )
+    return story
+
+
+def tell(spec: RequestSchedulingSpec, workload: Workload, policy) -> list[str]:
+    """`watch` on a fresh simulator."""
+    simulator = Simulator(spec)
+    simulator.reset(workload)
+    story = watch(simulator, policy)
+    assert_no_block_leaked(simulator)
+    return story
