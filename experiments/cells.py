@@ -39,7 +39,7 @@ class TraceCells:
     num_requests: int
     """Requests in the test part, and in one training window."""
     num_windows: int
-    """Training windows."""
+    """Training windows, spread evenly over what comes before the test part (they may overlap)."""
 
 
 SMALL_SLO = dict(
@@ -48,14 +48,14 @@ SMALL_SLO = dict(
 )
 TRACE_CELLS = {
     "azure_conv": TraceCells(EngineSpec(), LLAMA2_7B_A100, **SMALL_SLO, num_requests=4000, num_windows=3),
-    "azure_code": TraceCells(EngineSpec(), LLAMA2_7B_A100, **SMALL_SLO, num_requests=2900, num_windows=2),
+    "azure_code": TraceCells(EngineSpec(), LLAMA2_7B_A100, **SMALL_SLO, num_requests=2900, num_windows=3),
     "mooncake_synthetic": TraceCells(
         EngineSpec(kv_blocks=8192, block_tokens=128, prefix_cache=True),
         LLAMA3_8B_A100,
         one_class=(SloClass(ttft_s=10.0, tpot_s=0.2),),
         two_classes=(SloClass(ttft_s=5.0, tpot_s=0.15), SloClass(ttft_s=30.0, tpot_s=0.4)),
         num_requests=1300,
-        num_windows=2,
+        num_windows=3,
     ),
 }
 
@@ -119,9 +119,8 @@ def trace_slice(trace: str, window: int) -> Workload:
     n = cells.num_requests
     if window < 0:
         return workload.window(len(workload) - n)
-    start = window * n
-    if start + n > len(workload) - n:
-        raise ValueError(f"training window {window} of {trace} would reach into the test part")
+    last_start = len(workload) - 2 * n
+    start = window * last_start // max(cells.num_windows - 1, 1)
     return workload.window(start, start + n)
 
 
