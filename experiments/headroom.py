@@ -19,16 +19,27 @@ import tyro
 from numba import njit
 from rich.progress import track
 
+from ..agents.request_scheduling import CompiledPolicy
 from ..baselines.request_scheduling import ORDER_NAMES, RULES, linear, ordered_rule
-from ..envs.core.results import atomic_path
+from ..envs.core.errors import InputError
+from ..envs.core.results import atomic_path, bootstrap_ci
 from ..envs.request_scheduling.rule import Rule
 from ..envs.request_scheduling.sim import Simulator, fast_forward, refresh_waiting, run_iteration, skip_idle
 from ..envs.request_scheduling.state import empty_decision, reset_decision
-from ..envs.request_scheduling.table import Problem, action_of, choose, empty_table, open_table, write_mask
+from ..envs.request_scheduling.table import (
+    Problem,
+    action_of,
+    choose,
+    empty_table,
+    open_table,
+    visible_state,
+    write_mask,
+)
 from ..envs.request_scheduling.workload import Workload
 from .cells import Cell, all_cells
+from .policies import find_policy
 
-KNOB_ORDERS = ("fcfs", "sjf_prompt", "sjf", "srpt", "residual", "hopeless_last", "hopeless_last_srpt")
+KNOB_ORDERS = ("fcfs", "srpt", "residual", "hopeless_last", "hopeless_last_srpt")
 KNOB_BUDGETS = (512, 1024, 2048, 8192)
 KNOB_CAPS = (48, 64, 96, 256)
 
@@ -116,7 +127,7 @@ def search_linear(
     return best, best_gain
 
 
-def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int = 8) -> tuple[Rule, bool, float]:
+def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int = 6) -> tuple[Rule, bool, float]:
     """The best policy found with the whole trace known. Returns (rule, acts on the table, gain)."""
     known = [workload.with_true_lengths()]
     slow = ("static_batching", "fastserve")  # and never near the front
@@ -130,7 +141,7 @@ def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int
             known,
             seed=seed,
             generations=generations if start is None else 3,
-            population=20,
+            population=16,
             start=start,
             on_table=on_table,
         )
@@ -139,7 +150,7 @@ def hindsight(cell: Cell, workload: Workload, *, seed: int = 0, generations: int
 
 
 @njit
-def _run_on_table(sim, problem, table, mask, decide, params, memory, wanted, decision):
+def _run_on_table(sim, problem, table, mask, engine, waiting, decide, params, memory, wanted, decision):
     while skip_idle(sim):
         if fast_forward(sim) > 0:
             continue
@@ -149,7 +160,7 @@ def _run_on_table(sim, problem, table, mask, decide, params, memory, wanted, dec
             run_iteration(sim, decision)
             continue
         reset_decision(sim.state, wanted)
-        decide(sim.state, params, memory, wanted)
+        decide(visible_state(sim.state, table, engine, waiting), params, memory, wanted)
         picks = 0
         while True:
             write_mask(sim.state, problem, table, mask)
@@ -168,6 +179,8 @@ def run_on_table(simulator: Simulator, rule: Rule) -> None:
         Problem.of(spec),
         empty_table(spec.num_candidates),
         np.zeros(spec.num_candidates, np.bool_),
+        np.zeros_like(simulator.sim.state.engine),
+        np.zeros_like(simulator.sim.state.waiting),
         rule.decide_kernel,
         rule.param_array,
         rule.new_memory(n),
@@ -192,7 +205,7 @@ def measure_cell(cell: Cell, num_seeds: int = NUM_SEEDS, num_finalists: int = 3)
     tests = [cell.test_workload(seed) for seed in range(num_seeds)]
     known = [test.with_true_lengths() for test in tests]
     first = {name: score(cell, rule, tests[:1]) for name, rule in RULES.items()}
-    knobs, _ = best_of(cell, knob_rules(), cell.train_workloads())
+    knobs, _ = best_of(cell, knob_rules(), cell.train_workloads()[:2])
     finalists = [RULES[name] for name in sorted(first, key=first.__getitem__)[-num_finalists:]] + [knobs]
     rules = {rule.name: [score(cell, rule, [test]) for test in tests] for rule in finalists}
     informed = [RULES[name] for name in READ_PREDICTIONS] + [knobs, *finalists[:-1]]
@@ -213,26 +226,117 @@ def measure_cell(cell: Cell, num_seeds: int = NUM_SEEDS, num_finalists: int = 3)
     }
 
 
+def measure_agent(cell: Cell, policy: CompiledPolicy, num_seeds: int = NUM_SEEDS) -> dict[str, Any]:
+    """Gains of a learned policy on the cell's test requests, and the longest wait for a first token, in seconds."""
+    simulator = Simulator(cell.spec, recording=False)
+    gains, waits = [], []
+    for seed in range(num_seeds):
+        simulator.reset(cell.test_workload(seed))
+        policy.run(simulator)
+        gains.append(gain_of(cell, simulator))
+        waits.append(_longest_wait_s(simulator))
+    return {"gains": gains, "longest_wait_s": max(waits)}
+
+
+def _longest_wait_s(simulator: Simulator) -> float:
+    requests = simulator.sim.state.requests
+    return float(np.nanmax(requests["first_token_s"] - requests["arrival_s"]))
+
+
+def table_rows(folder: Path, cells: Sequence[Cell], agent: str | None) -> list[dict[str, Any]]:
+    """One row a cell of what is in `folder`, with the agent (name or checkpoint) if given. Gains as metrics."""
+    rows = []
+    for cell in track(cells, description="agent"):
+        path = folder / f"{cell.name.replace('/', '_')}.json"
+        if not path.exists():
+            continue
+        measured = json.loads(path.read_text())
+        sign = -1.0 if cell.lower_is_better else 1.0
+        best = np.array(measured["rules"][measured["best_rule"]])
+        bound = np.array(measured["hindsight"])
+        gap = float(bound.mean() - best.mean())
+        row = {
+            "cell": cell.name,
+            "best rule": measured["best_rule"],
+            "rule": sign * best.mean(),
+            "true lengths": sign * np.mean(measured["true_lengths"]),
+            "hindsight": sign * bound.mean(),
+            "gap_percent": 100.0 * gap / abs(best.mean()),
+        }
+        if agent is not None:
+            policy = find_policy(agent, cell.spec)
+            if not isinstance(policy, CompiledPolicy):
+                raise InputError(f"{agent!r} is not a compiled agent", remedy="Give `agent` or a deepsets checkpoint")
+            got = measure_agent(cell, policy, len(best))
+            gains = np.array(got["gains"])
+            low, high = bootstrap_ci((gains - best) / max(gap, 1e-9))
+            row |= {
+                "agent": sign * gains.mean(),
+                "agent_percent": 100.0 * (gains.mean() - best.mean()) / abs(best.mean()),
+                "share": (gains.mean() - best.mean()) / max(gap, 1e-9),
+                "share_low": low,
+                "share_high": high,
+                "longest_wait_s": got["longest_wait_s"],
+            }
+        rows.append(row)
+    return rows
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown. In cells with a gap of at most 2% (closed), the share says nothing and is left out."""
+    lines = [
+        "| cell | best deployable rule | its value | true lengths | hindsight | gap | agent | against the rule "
+        "| share of the gap closed | longest wait |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        text = (
+            f"| {row['cell']} | {row['best rule']} | {row['rule']:.3f} | {row['true lengths']:.3f} "
+            f"| {row['hindsight']:.3f} | {row['gap_percent']:.1f}%"
+        )
+        if "agent" in row:
+            share = f"{row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}]"
+            text += (
+                f" | {row['agent']:.3f} | {row['agent_percent']:+.1f}% "
+                f"| {share if row['gap_percent'] > CLOSED_PERCENT else 'closed'} | {row['longest_wait_s']:.0f} s"
+            )
+        lines.append(text + " |")
+    return "\n".join(lines)
+
+
+CLOSED_PERCENT = 2.0
+"""Cells with a smaller gap are closed: there an agent must only not be worse."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """Measure the headroom of every cell; resumes where it stopped."""
+    """Measure the headroom of every cell, and what an agent makes of it; resumes where it stopped."""
 
     out: Path = Path("results/headroom")
-    """Folder of one JSON file a cell."""
+    """Folder of one JSON file a cell, and of the table."""
     only: str = ""
     """Only cells whose name contains this."""
+    agent: str | None = None
+    """`agent` (the shipped one) or a checkpoint folder, to be put beside."""
+    measure: bool = True
+    """Measure what is missing; else only print what is there."""
 
 
 def main(config: Config) -> None:
-    """Write what is missing, then print the table."""
+    """Write what is missing, then print the table and write it as Markdown and CSV."""
     config.out.mkdir(parents=True, exist_ok=True)
     cells = [cell for cell in all_cells() if config.only in cell.name]
-    for cell in track(cells, description="headroom"):
+    for cell in track(cells, description="headroom") if config.measure else ():
         path = config.out / f"{cell.name.replace('/', '_')}.json"
         if not path.exists():
             text = json.dumps(measure_cell(cell), indent=1)
             with atomic_path(path) as temporary:
                 temporary.write_text(text)
+    rows = table_rows(config.out, cells, config.agent)
+    table = as_markdown(rows)
+    print(table)
+    with atomic_path(config.out / "table.md") as temporary:
+        temporary.write_text(table + "\n")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..baselines.request_scheduling import RULES
 from ..envs.request_scheduling.env import RequestSchedulingVectorEnv, Task
+from ..envs.request_scheduling.rule import Rule
+from ..envs.request_scheduling.sim import Simulator
 from ..envs.request_scheduling.table import FEATURE_VERSION
+from .cells import Cell, all_cells
+from .headroom import gain_of, score
 from .policies import ENV_ID
 from .scenario import build_scenario
+from .teachers import load_teachers
 
 if TYPE_CHECKING:
     from ..agents.clone import Teacher
@@ -82,7 +87,80 @@ def tiny(seed: int, data_dir: DataDir) -> Recipe:
     return Recipe(config, make_env, teacher, None, card)
 
 
+def agent(seed: int, data_dir: DataDir) -> Recipe:
+    """The shipped agent: one policy for every trace, load and objective of `cells`, from training requests alone.
+
+    It imitates 36 searched rules at once (`teachers`), without being told which cell it is in; PPO goes on from there
+    with a KL term to the clone.
+    """
+    from ..agents.train import TrainConfig
+
+    cells, teachers = all_cells(), load_teachers()
+    pairs = [(Task(cell.spec, w), teachers[cell.name]) for cell in cells for w in cell.train_workloads()]
+    tasks, rules = [task for task, _ in pairs], [rule for _, rule in pairs]
+
+    def make_env(num_envs: int, seed: int) -> RequestSchedulingVectorEnv:
+        env = RequestSchedulingVectorEnv(num_envs, tasks=tasks)
+        env.reset(seed=seed)
+        return env
+
+    def teacher(env: Any) -> Any:
+        return env.rule_actions(rules)
+
+    config = TrainConfig(
+        env_id=ENV_ID,
+        spec=tasks[0].spec.to_dict(),
+        feature_version=FEATURE_VERSION,
+        seed=seed,
+        total_steps=600_000,
+        num_envs=72,
+        n_steps=128,
+        batch_size=4096,
+        n_epochs=2,
+        learning_rate=1e-4,
+        gamma=0.999,
+        gae_lambda=0.97,
+        clip_range=0.1,
+        kl_coef=0.1,
+        target_kl=0.02,
+        clone_steps=1_200_000,
+        clone_rounds=24,
+        clone_passes=1,
+        clone_capacity=300_000,
+        clone_lr=1.5e-3,
+        checkpoint_every=200_000,
+    )
+    evaluate = score_against([cell for cell in cells if cell.load == 1.1], teachers, num_requests=1000)
+    card = (
+        "# The shipped request scheduler\n\nOne policy for every objective and load, on Azure conversation, Azure code "
+        "and Mooncake traffic. Cloned from rules searched per cell on training requests (`experiments/teachers.py`), "
+        "then PPO with a KL term to the clone.\n"
+    )
+    return Recipe(config, make_env, teacher, evaluate, card)
+
+
+def score_against(cells: Sequence[Cell], rules: dict[str, Rule], num_requests: int) -> Evaluate:
+    """Measures a policy on training requests: its gain over the cells' rules in percent, and the mean as `score`."""
+    from ..agents.compiled import pack_weights
+    from ..agents.request_scheduling import CompiledPolicy
+
+    workloads = {cell: cell.train_workloads()[-1].window(0, num_requests) for cell in cells}
+    reference = {cell: score(cell, rules[cell.name], [workloads[cell]], on_table=True) for cell in cells}
+
+    def evaluate(policy: Any) -> dict[str, float]:
+        weights, gains = pack_weights(policy.network), {}
+        for cell in cells:
+            simulator = Simulator(cell.spec, recording=False)
+            simulator.reset(workloads[cell])
+            CompiledPolicy("agent", weights, cell.spec).run(simulator)
+            gains[cell.name] = 100.0 * (gain_of(cell, simulator) - reference[cell]) / abs(reference[cell])
+        return {"score": sum(gains.values()) / len(gains), **gains}
+
+    return evaluate
+
+
 PRESETS: dict[str, Preset] = {
+    "request_scheduling/agent": Preset("the shipped agent: every trace, load and objective; about an hour", agent),
     "request_scheduling/tiny": Preset("a minute: imitate SRPT on azure_conv, then a little PPO for mean latency", tiny),
 }
 """Presets by name."""

@@ -325,7 +325,7 @@ class Saturated:
 def saturated(spec: RequestSchedulingSpec, workload: Workload, scale: Scale | None) -> Saturated:
     """Simulate a workload with all requests there at time zero, under Sarathi-2048: what a load of 1 means."""
     simulator = Simulator(spec, recording=False)
-    rule: Policy = RULES["sarathi_2048"]
+    rule: Any = RULES["sarathi_2048"]
     drive(simulator, rule if scale is None else ScaledPolicy(rule, scale), workload.at_rate(SATURATED_RPS))
     engine = simulator.state().engine[0]
     served = int(engine["num_finished"])
@@ -346,5 +346,3 @@ def drive(backend: Any, policy: Policy[State, Decision], workload: Workload, see
         decision = backend.default_decision()
         policy.decide(backend.state(), decision)
         done = backend.step(decision).done
-
-

@@ -37,6 +37,7 @@ from .table import (
     choose,
     open_table,
     update_observation,
+    visible_state,
     write_mask,
     write_observation,
 )
@@ -249,7 +250,7 @@ def start_one(batch: Batch, e: int, limits, context, candidates, mask) -> bool:
 
 @njit
 def rule_actions_batch(
-    batch: Batch, decide, params, memory, wanted_levers, wanted_order, wanted_preempt, mask, actions
+    batch: Batch, decide, params, memory, wanted_levers, wanted_order, wanted_preempt, engine, waiting, mask, actions
 ):
     """What a rule would choose in each env; see `RequestSchedulingVectorEnv.rule_actions`."""
     for e in range(len(actions)):
@@ -257,7 +258,7 @@ def rule_actions_batch(
         wanted = Decision(wanted_levers[e], wanted_order[e], wanted_preempt[e])
         if table.head[0].num_picked == 0:
             reset_decision(state, wanted)
-            decide(state, params[e], memory[e], wanted)
+            decide(visible_state(state, table, engine[e], waiting[e]), params[e], memory[e], wanted)
         actions[e] = action_of(state, problem_of(batch, e), table, mask[e], wanted, table.head[0].num_picked)
 
 
@@ -386,12 +387,15 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
                 "levers": np.zeros((self.num_envs, 1), LEVERS_DTYPE),
                 "order": np.zeros((self.num_envs, n), np.int64),
                 "preempt": np.zeros((self.num_envs, n), np.int64),
+                "engine": np.zeros((self.num_envs, 1), ENGINE_DTYPE),
+                "waiting": np.zeros((self.num_envs, n), np.int64),
             }
         f = self._followed
         params = np.stack([rules[i].param_array for i in self.task_index])
         actions = np.zeros(self.num_envs, np.int64)
+        wanted = (f["levers"], f["order"], f["preempt"])
         rule_actions_batch(
-            self.batch, kernel, params, f["memory"], f["levers"], f["order"], f["preempt"], self.action_mask, actions
+            self.batch, kernel, params, f["memory"], *wanted, f["engine"], f["waiting"], self.action_mask, actions
         )
         return actions
 

@@ -114,8 +114,7 @@ def prefill_starts(timeline: Timeline) -> np.ndarray:
     left = timeline.prefill_tokens.copy()
     starts = segments[:, 1].copy()
     generated = np.zeros(len(timeline.arrival_s), np.int64)
-    first_seen = np.searchsorted(timeline.iteration_end_s, timeline.arrival_s, side="right")
-    available_from = first_seen.copy()
+    available_from = np.searchsorted(timeline.iteration_start_s, timeline.arrival_s, side="left")
     for s in np.argsort(segments[:, 1], kind="stable"):
         request, first, tokens = segments[s]
         need = timeline.prompt_tokens[request] + generated[request]

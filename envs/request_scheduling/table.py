@@ -291,6 +291,7 @@ def open_table(state: State, problem: Problem, table: Table, decision: Decision)
     head.num_launches = 1 + len(problem.choices)
     _survey(state, table)
     if head.victim:
+        _shortlist(state, problem, table)  # for what it sums up of the waiting
         _offer_victims(state, table)
         return True
     return _offer_requests(state, problem, table)
@@ -539,6 +540,23 @@ def _victims_suffice(state: State, table: Table, decision: Decision) -> bool:
             row.computed_tokens == row.kv_blocks * engine.block_tokens
         )
     return needed <= free or levers.num_preempt >= engine.num_running - 1
+
+
+@njit(cache=True)
+def visible_state(state: State, table: Table, engine: np.ndarray, waiting: np.ndarray) -> State:
+    """The state in which only the requests that have a row wait: what a rule must see to be imitated on the table.
+
+    `engine` (1,) ENGINE_DTYPE and `waiting` (N,) int64 are written to.
+    """
+    head = table.head[0]
+    engine[0] = state.engine[0]
+    count = 0
+    if head.victim == 0:
+        for k in range(head.num_launches, head.num_rows):
+            waiting[count] = table.requests[k]
+            count += 1
+    engine[0].num_waiting = count
+    return State(engine, state.requests, waiting, state.running)
 
 
 @njit(cache=True)

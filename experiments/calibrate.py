@@ -1,0 +1,109 @@
+"""Measure a real engine and fit the simulator's cost model to it.
+
+Random schedules are run on the engine; the seconds of an iteration are fitted by a non-negative linear model in its
+tokens and contexts. The file holds the coefficients, the error on runs that were held out, machine and versions.
+
+Examples:
+
+  schedlab calibrate hf --out cost.json
+  schedlab calibrate hf --iterations 600 --repeats 2 --model path/to/a/model --device cuda --out cost.json
+  schedlab evaluate request_scheduling --backend hf --cost-model cost.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from . import command
+
+if TYPE_CHECKING:
+    from ..envs.request_scheduling.spec import CostModel
+
+
+@dataclass
+class Args:
+    """Arguments of `schedlab calibrate`."""
+
+    backend: Annotated[Literal["hf"], tyro.conf.Positional] = "hf"
+    """The engine: Hugging Face transformers' continuous batching."""
+    out: Path | None = None
+    """File for the cost model (JSON). Without it the model is only printed."""
+    iterations: int = 600
+    """Different iterations to measure."""
+    repeats: int = 2
+    """Passes over all of them; two or more tell the noise of the machine."""
+    workload: str = "azure_conv"
+    """Trace whose engine, made small, is measured."""
+    length_scale: float = 16
+    """Tokens of the trace for one token of the small engine."""
+    model: Path | None = None
+    """Folder of a local model. Default: a small Llama with random weights."""
+    device: str = "cpu"
+    """Where the model runs."""
+    seed: int = 0
+    """Of the random schedules."""
+    data_dir: Path | None = None
+    """Folder with trace files. Default: $SCHEDLAB_DATA, then the download cache."""
+
+
+def calibrate_with_progress(
+    engine: Any, seed: int, num_iterations: int, num_repeats: int
+) -> tuple[CostModel, dict[str, Any]]:
+    """`calibrate_hf` with a progress bar that counts the engine's iterations."""
+    from ..real_backend.calibrate import calibrate_hf
+
+    with command.progress("calibrating", num_iterations * num_repeats) as bar:
+        count, step = 0, engine.step
+
+        def counted(decision: Any) -> Any:
+            nonlocal count
+            count += 1
+            bar(min(count, num_iterations * num_repeats))
+            return step(decision)
+
+        engine.step = counted  # this engine's method only, for as long as it is calibrated
+        try:
+            return calibrate_hf(engine, seed, num_iterations=num_iterations, num_repeats=num_repeats)
+        finally:
+            del engine.step
+
+
+def calibrate(args: Args) -> int:
+    """Run `schedlab calibrate`."""
+    from ..envs.request_scheduling.spec import COST_FEATURES
+    from ..real_backend.calibrate import write_calibration
+    from .evaluate import open_engine
+
+    engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
+    model, report = calibrate_with_progress(engine, args.seed, args.iterations, args.repeats)
+    engine.close()
+    if args.out is not None:
+        write_calibration(args.out, model, report)
+    print(f"{model.name}, clock {report['clock']}: seconds of an iteration =")
+    for name, coefficient in zip(COST_FEATURES, model.coefficients_s, strict=True):
+        print(f"  {coefficient:.4g} x {name}")
+    print(f"{'':14}{'iterations':>12}{'median':>9}{'P90':>9}{'total':>9}{'worst run':>11}")
+    for name in ("fit", "held_out", "repeat_noise"):
+        e = report[name]
+        print(
+            f"{name:14}{e['iterations']:>12}{e['median']:>9.1%}{e['p90']:>9.1%}{e['total']:>+9.1%}"
+            f"{e['worst_run_total']:>+11.1%}"
+        )
+    if args.out is not None:
+        command.say(f"wrote {args.out}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command.run(Args, calibrate, argv, "calibrate", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The command `schedlab`: dispatches to the module of each command, and imports no other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+ENVS = {
+    "schedlab/RequestScheduling-v0": (
+        "LLM serving: which waiting requests enter the next engine iteration, and how many prefill tokens it may run"
+    ),
+}
+"""Env id -> what it decides."""
+
+COMMANDS = {
+    "envs": "the environments, one a line, with what each decides",
+    "train": "train an agent by a preset",
+    "evaluate": "compare policies on a trace, in the simulator or on a real engine",
+    "deploy": "serve a trace on a real engine under a policy",
+    "calibrate": "measure a real engine and fit the simulator's cost model",
+    "fidelity": "compare simulator and engine under the same policies",
+    "bench": "speeds of simulator, env, trainer and decisions",
+    "report": "one HTML page from a results folder",
+    "demo": "train, evaluate and deploy in small",
+}
+"""Command -> what it does; each is the module of that name."""
+
+
+def usage() -> str:
+    """What `schedlab --help` prints."""
+    lines = ["usage: schedlab COMMAND [OPTIONS]", "", "A reinforcement-learning laboratory for schedulers.", ""]
+    lines += [f"  {name:<11}{text}" for name, text in COMMANDS.items()]
+    lines += [
+        "",
+        "`schedlab COMMAND --help` explains a command with examples. To begin:",
+        "",
+        "  schedlab evaluate request_scheduling --policies fcfs sarathi_512 srpt agent --workload azure_conv",
+        "  schedlab deploy agent --backend hf --workload azure_conv",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, COMMANDS, n=1)
+        did = f"Did you mean {close[0]!r}? " if close else ""
+        print(f"error: no command is called {name!r}. {did}Commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if name == "envs":
+        if rest and rest[0] in ("-h", "--help"):
+            print("usage: schedlab envs\n\nPrint the id of every environment, one a line, and what it decides.")
+            return 0
+        width = max(map(len, ENVS)) + 2
+        print("\n".join(f"{env_id:<{width}}{text}" for env_id, text in ENVS.items()))
+        return 0
+    return int(import_module(f"{__package__}.{name}").main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
