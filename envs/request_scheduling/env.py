@@ -280,6 +280,7 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
         of their class, over 10.
     TERMINATION: when every request of the workload is finished. TRUNCATION: never.
     EPISODE: a task drawn at random from `tasks`; of its workload a window of `episode_requests` (the whole if None).
+        Without tasks or a workload: windows of 256 of 2,048 requests generated after the Azure conversation trace.
     REFERENCE: continuous batching as in Orca (OSDI 2022), vLLM (SOSP 2023) and Sarathi-Serve (OSDI 2024).
     """
 
@@ -298,7 +299,8 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
     ) -> None:
         if tasks is None:
             spec = spec or RequestSchedulingSpec()
-            workload = workload if workload is not None else generate("azure_conv", 256, seed=0)
+            if workload is None:
+                workload, episode_requests = generate("azure_conv", 2048, seed=0), episode_requests or 256
             tasks = [Task(spec, workload.with_classes(spec.slo_classes, 0))]
         self.tasks = list(tasks)
         if not self.tasks:
@@ -391,7 +393,7 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
                 "waiting": np.zeros((self.num_envs, n), np.int64),
             }
         f = self._followed
-        params = np.stack([rules[i].param_array for i in self.task_index])
+        params = np.stack([rules[int(i)].param_array for i in self.task_index])
         actions = np.zeros(self.num_envs, np.int64)
         wanted = (f["levers"], f["order"], f["preempt"])
         rule_actions_batch(

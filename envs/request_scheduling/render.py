@@ -350,4 +350,4 @@ def _plain(axis: Axes) -> None:
     axis.grid(True, color=GRID_COLOR, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8, colors=TEXT_COLOR, length=0)
-    axis.yaxis.label.set_size(9)
+    axis.yaxis.label.set_fontsize(9)

@@ -262,6 +262,36 @@ def _finish(sim: Sim, request: int) -> None:
 
 
 @njit(cache=True)
+def _move(array, start: int, end: int, by: int) -> None:
+    """array[start:end] moves by `by` places (negative: to the front), overlaps allowed.
+
+    Eight entries are read before any is written, so that the compiler can use vectors: thousands may wait.
+    """
+    if by < 0:
+        j = start
+        while j + 8 <= end:
+            a, b, c, d = array[j], array[j + 1], array[j + 2], array[j + 3]
+            e, f, g, h = array[j + 4], array[j + 5], array[j + 6], array[j + 7]
+            k = j + by
+            array[k], array[k + 1], array[k + 2], array[k + 3] = a, b, c, d
+            array[k + 4], array[k + 5], array[k + 6], array[k + 7] = e, f, g, h
+            j += 8
+        for i in range(j, end):
+            array[i + by] = array[i]
+    else:
+        j = end
+        while j - 8 >= start:
+            a, b, c, d = array[j - 8], array[j - 7], array[j - 6], array[j - 5]
+            e, f, g, h = array[j - 4], array[j - 3], array[j - 2], array[j - 1]
+            k = j - 8 + by
+            array[k], array[k + 1], array[k + 2], array[k + 3] = a, b, c, d
+            array[k + 4], array[k + 5], array[k + 6], array[k + 7] = e, f, g, h
+            j -= 8
+        for i in range(j - 1, start - 1, -1):
+            array[i + by] = array[i]
+
+
+@njit(cache=True)
 def _preempt(sim: Sim, index: int) -> None:
     """Preempt the running request at this place of the running list: to the front of the waiting list."""
     state, engine = sim.state, sim.state.engine[0]
@@ -269,8 +299,7 @@ def _preempt(sim: Sim, index: int) -> None:
     for i in range(index, engine.num_running - 1):
         state.running[i] = state.running[i + 1]
     engine.num_running -= 1
-    for i in range(engine.num_waiting, 0, -1):
-        state.waiting[i] = state.waiting[i - 1]
+    _move(state.waiting, 0, engine.num_waiting, 1)
     state.waiting[0] = request
     engine.num_waiting += 1
     engine.num_preemptions += 1
@@ -385,8 +414,7 @@ def _drop_admitted(state: State, num_admitted: int) -> None:
         waiting[kept] = waiting[i]
         kept += requests[waiting[i]].status == WAITING
         i += 1
-    for j in range(i, engine.num_waiting):
-        waiting[j - num_admitted] = waiting[j]
+    _move(waiting, i, engine.num_waiting, -num_admitted)
     engine.num_waiting -= num_admitted
 
 

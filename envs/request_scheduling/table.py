@@ -588,4 +588,4 @@ def action_of(state: State, problem: Problem, table: Table, mask, wanted: Decisi
             distance = abs(np.log2((64.0 + problem.choices[k - 1]) / (64.0 + levers.prefill_tokens)))
             if distance < best_distance:
                 best, best_distance = k, distance
-    return best if best >= 0 else np.argmax(mask)
+    return best if best >= 0 else int(np.argmax(mask))
