@@ -334,7 +334,8 @@ def test_train_then_evaluate(tmp_path, capsys, monkeypatch):
     assert evaluate.main(["--policies", "fcfs", str(run), *SHORT]) == 0
     assert "request_scheduling/tiny" in error_of(capsys, train.main, "nothing")
     assert train.main([]) == 0
-    assert all(name in capsys.readouterr().out for name in PRESETS)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in PRESETS)
 
 
 def test_bench(tmp_path, capsys):
