@@ -123,12 +123,7 @@ def test_canary_tokens_equal_generate_under_random_schedules(model, prefix_cache
     "prefix_cache",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the simulator keeps a private copy of a duplicate block, the engine adopts"
-            ),
-        ),
+        True,
     ],
 )
 def test_simulator_makes_the_same_schedule(model, prefix_cache):
