@@ -5,6 +5,10 @@ The classes are named by strings: `import schedlab.envs` loads no simulator and 
 
 from gymnasium.envs.registration import register
 
+from .core.compile_cache import use_cache_of_sources
+
+use_cache_of_sources()
+
 register(
     id="schedlab/RequestScheduling-v0",
     entry_point="schedlab.envs.request_scheduling.env:RequestSchedulingEnv",
