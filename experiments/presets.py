@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -45,6 +46,22 @@ class Preset:
     """build(seed, data_dir)"""
 
 
+def imitation(
+    tasks: Sequence[Task], rules: Sequence[Rule], episode_requests: int | None = None
+) -> tuple[MakeEnv, Teacher]:
+    """An env over these tasks, and the teacher that follows `rules[i]` on task i."""
+
+    def make_env(num_envs: int, seed: int) -> RequestSchedulingVectorEnv:
+        env = RequestSchedulingVectorEnv(num_envs, tasks=tasks, episode_requests=episode_requests)
+        env.reset(seed=seed)
+        return env
+
+    def teacher(env: Any) -> Any:
+        return env.rule_actions(rules)
+
+    return make_env, teacher
+
+
 def tiny(seed: int, data_dir: DataDir) -> Recipe:
     """Imitate SRPT on the training part of azure_conv, then a little PPO: to see that everything works."""
     from ..agents.train import TrainConfig
@@ -55,14 +72,7 @@ def tiny(seed: int, data_dir: DataDir) -> Recipe:
     source = tasks[0].workload.source
     rules = [RULES["srpt"]] * len(tasks)
 
-    def make_env(num_envs: int, seed: int) -> RequestSchedulingVectorEnv:
-        env = RequestSchedulingVectorEnv(num_envs, tasks=tasks, episode_requests=500)
-        env.reset(seed=seed)
-        return env
-
-    def teacher(env: Any) -> Any:
-        return env.rule_actions(rules)
-
+    make_env, teacher = imitation(tasks, rules, episode_requests=500)
     config = TrainConfig(
         env_id=ENV_ID,
         spec=tasks[0].spec.to_dict(),
@@ -95,6 +105,8 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
     """
     from ..agents.train import TrainConfig
 
+    if data_dir is not None:  # the cells find their traces by this variable alone
+        os.environ["SCHEDLAB_DATA"] = str(data_dir)
     cells, teachers = all_cells(), load_teachers()
     # Orders by latency are the finest to imitate: their cells come three times as often.
     pairs = [
@@ -105,14 +117,7 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
     ]
     tasks, rules = [task for task, _ in pairs], [rule for _, rule in pairs]
 
-    def make_env(num_envs: int, seed: int) -> RequestSchedulingVectorEnv:
-        env = RequestSchedulingVectorEnv(num_envs, tasks=tasks)
-        env.reset(seed=seed)
-        return env
-
-    def teacher(env: Any) -> Any:
-        return env.rule_actions(rules)
-
+    make_env, teacher = imitation(tasks, rules)
     config = TrainConfig(
         env_id=ENV_ID,
         spec=tasks[0].spec.to_dict(),
