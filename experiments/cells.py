@@ -23,7 +23,7 @@ TRACES = ("azure_conv", "azure_code", "mooncake_synthetic")
 
 LLAMA3_8B_A100 = CostModel(
     name="llama3-8b-a100",
-    coefficients_s=(1.0e-2, 9.4e-5, 3.0e-5, 8.2e-8, 3.5e-9, 0.0),
+    coefficients_s=(1.0e-2, 9.4e-5, 3.0e-5, 8.2e-8, 3.5e-9, 0.0, 0.0),
     source="A100-like: as llama2-7b-a100 with grouped-query attention, 0.125 MB of KV a token",
 )
 

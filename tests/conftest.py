@@ -51,7 +51,7 @@ def miniature_spec() -> RequestSchedulingSpec:
     """The engine on which `miniature` ran."""
     return RequestSchedulingSpec(
         engine=EngineSpec(kv_blocks=10, block_tokens=4, max_batch_tokens=8, max_running=4),
-        cost=CostModel("by-hand", (1.0, 0.25, 0.5, 0.0, 0.0, 0.0)),
+        cost=CostModel("by-hand", (1.0, 0.25, 0.5, 0.0, 0.0, 0.0, 0.0)),
         slo_classes=(SloClass(4.0, 2.75, 1.0), SloClass(6.0, 10.0, 2.0)),
         prefill_choices=(0, 8),
     )

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     waiting: np.ndarray  # (B, N)
     running: np.ndarray  # (B, N)
     trace: np.ndarray  # (B, N) TRACE_DTYPE
-    cost: np.ndarray  # (B, 6)
+    cost: np.ndarray  # (B, 7)
     books: np.ndarray  # (B, 1) BOOKS_DTYPE
     hash_offsets: np.ndarray  # (B, N + 1)
     hash_ids: np.ndarray  # (B, P)
@@ -69,6 +69,7 @@ class Batch(NamedTuple):
     block_cached: np.ndarray  # (B, H)
     lru: np.ndarray  # (B, H + 1, 2)
     segment_start: np.ndarray  # (B, N)
+    prefilling: np.ndarray  # (B, N)
     chunk: np.ndarray  # (B, N)
     tokens_left: np.ndarray  # (B, N)
     full: np.ndarray  # (B, N + 1)
@@ -100,7 +101,7 @@ def empty_batch(num_envs: int, requests: int, positions: int, blocks: int, choic
         waiting=np.zeros((b, n), i8),
         running=np.zeros((b, n), i8),
         trace=np.zeros((b, n), TRACE_DTYPE),
-        cost=np.zeros((b, 6)),
+        cost=np.zeros((b, 7)),
         books=np.zeros((b, 1), BOOKS_DTYPE),
         hash_offsets=np.zeros((b, n + 1), i8),
         hash_ids=np.zeros((b, positions), i8),
@@ -109,6 +110,7 @@ def empty_batch(num_envs: int, requests: int, positions: int, blocks: int, choic
         block_cached=np.zeros((b, blocks), np.bool_),
         lru=np.zeros((b, blocks + 1, 2), i8),
         segment_start=np.zeros((b, n), i8),
+        prefilling=np.zeros((b, n), i8),
         chunk=np.zeros((b, n), i8),
         tokens_left=np.zeros((b, n), i8),
         full=np.zeros((b, n + 1), i8),
@@ -146,6 +148,7 @@ def sim_of(batch: Batch, e: int) -> Sim:
         batch.block_cached[e],
         batch.lru[e],
         batch.segment_start[e],
+        batch.prefilling[e],
         batch.chunk[e],
         batch.tokens_left[e],
         batch.full[e],
@@ -250,10 +253,21 @@ def start_one(batch: Batch, e: int, limits, context, candidates, mask) -> bool:
 
 @njit
 def rule_actions_batch(
-    batch: Batch, decide, params, memory, wanted_levers, wanted_order, wanted_preempt, engine, waiting, mask, actions
+    batch: Batch,
+    members,
+    decide,
+    params,
+    memory,
+    wanted_levers,
+    wanted_order,
+    wanted_preempt,
+    engine,
+    waiting,
+    mask,
+    actions,
 ):
-    """What a rule would choose in each env; see `RequestSchedulingVectorEnv.rule_actions`."""
-    for e in range(len(actions)):
+    """What a rule would choose in each env of `members`; see `RequestSchedulingVectorEnv.rule_actions`."""
+    for e in members:
         state, table = sim_of(batch, e).state, table_of(batch, e)
         wanted = Decision(wanted_levers[e], wanted_order[e], wanted_preempt[e])
         if table.head[0].num_picked == 0:
@@ -375,16 +389,15 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
         return self._rewards.copy(), self._done.copy(), np.zeros(self.num_envs, np.bool_)
 
     def rule_actions(self, rules: Sequence[Rule]) -> np.ndarray:
-        """int64 (N,): what a rule would choose now, `rules[task]` for the envs on that task. All of one kernel.
+        """int64 (N,): what a rule would choose now, `rules[task]` for the envs on that task.
 
         A teacher for imitation: the rule decides once an iteration, then its picks are followed one by one.
         """
         n = self.batch.order.shape[1]
-        kernel = rules[0].decide_kernel
-        if self._followed.get("kernel") is not kernel:
-            size = rules[0].new_memory(n).size
+        if self._followed.get("rules") != tuple(rules):
+            size = max(rule.new_memory(n).size for rule in rules)
             self._followed = {
-                "kernel": kernel,
+                "rules": tuple(rules),
                 "memory": np.zeros((self.num_envs, size)),
                 "levers": np.zeros((self.num_envs, 1), LEVERS_DTYPE),
                 "order": np.zeros((self.num_envs, n), np.int64),
@@ -393,12 +406,16 @@ class RequestSchedulingVectorEnv(PointerVectorEnv):
                 "waiting": np.zeros((self.num_envs, n), np.int64),
             }
         f = self._followed
-        params = np.stack([rules[int(i)].param_array for i in self.task_index])
+        present = [rules[int(i)] for i in self.task_index]
+        params = np.zeros((self.num_envs, max(len(rule.params) for rule in rules)))
+        for e, rule in enumerate(present):
+            params[e, : len(rule.params)] = rule.params
         actions = np.zeros(self.num_envs, np.int64)
         wanted = (f["levers"], f["order"], f["preempt"])
-        rule_actions_batch(
-            self.batch, kernel, params, f["memory"], *wanted, f["engine"], f["waiting"], self.action_mask, actions
-        )
+        for kernel in {rule.decide_kernel for rule in present}:
+            members = np.array([e for e, rule in enumerate(present) if rule.decide_kernel is kernel])
+            memory, state = f["memory"], (f["engine"], f["waiting"])
+            rule_actions_batch(self.batch, members, kernel, params, memory, *wanted, *state, self.action_mask, actions)
         return actions
 
     def render(self) -> tuple[np.ndarray, ...] | None:

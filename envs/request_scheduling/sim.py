@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
 
 from ..core.errors import InputError
 from ..core.interface import Outcome
+from ..core.kernel import UNCOUNTED, njit_borrowed, njit_inlined
 from .rule import Rule
 from .spec import RequestSchedulingSpec
 from .state import FINISHED, REFUSED, RUNNING, WAITING, Decision, State, empty_decision, empty_state, reset_decision
@@ -63,12 +64,16 @@ BOOKS_DTYPE = np.dtype(
 )
 
 
+memmove = types.ExternalFunction("memmove", types.voidptr(types.voidptr, types.voidptr, types.uintp))
+"""The C library's: destination, source, bytes."""
+
+
 class Sim(NamedTuple):
     """One simulated engine. N requests, H distinct prompt blocks, P hash positions."""
 
     state: State
     trace: np.ndarray  # (N,) TRACE_DTYPE, the future
-    cost: np.ndarray  # (6,) float64 seconds, spec.COST_FEATURES
+    cost: np.ndarray  # (7,) float64 seconds, spec.COST_FEATURES
     books: np.ndarray  # (1,) BOOKS_DTYPE
     hash_offsets: np.ndarray  # (N + 1,) int64
     hash_ids: np.ndarray  # (P,) int64
@@ -77,6 +82,7 @@ class Sim(NamedTuple):
     block_cached: np.ndarray  # (H,) bool
     lru: np.ndarray  # (H + 1, 2) int64: previous, next in the ring of idle blocks; entry H is the sentinel
     segment_start: np.ndarray  # (N,) int64: first iteration of the open token segment
+    prefilling: np.ndarray  # (N,) int64: the running requests that do not decode yet, in order of admission
     chunk: np.ndarray  # (N,) int64: prefill tokens in this iteration
     tokens_left: np.ndarray  # (N,) int64: output tokens still to come
     full: np.ndarray  # (N,) int64: decoding requests whose last block is full, the first books.num_full
@@ -89,7 +95,7 @@ class Sim(NamedTuple):
 # ---------------------------------------------------------------------------------------------- prefix cache
 
 
-@njit(cache=True)
+@njit_borrowed
 def _lru_remove(sim: Sim, block: int) -> None:
     before, after = sim.lru[block, 0], sim.lru[block, 1]
     sim.lru[before, 1] = after
@@ -97,7 +103,7 @@ def _lru_remove(sim: Sim, block: int) -> None:
     sim.books[0].blocks_idle -= 1
 
 
-@njit(cache=True)
+@njit_borrowed
 def _lru_append(sim: Sim, block: int) -> None:
     sentinel = len(sim.lru) - 1
     last = sim.lru[sentinel, 0]
@@ -108,7 +114,7 @@ def _lru_append(sim: Sim, block: int) -> None:
     sim.books[0].blocks_idle += 1
 
 
-@njit(cache=True)
+@njit_borrowed
 def _take_blocks(sim: Sim, count: int) -> None:
     """Take free blocks: unused ones first, then cached ones, least recently used first."""
     books = sim.books[0]
@@ -121,7 +127,7 @@ def _take_blocks(sim: Sim, count: int) -> None:
         sim.block_cached[block] = False
 
 
-@njit(cache=True)
+@njit_borrowed
 def refresh_cached_tokens(sim: Sim, request: int) -> None:
     """Set `cached_tokens` of a waiting request to what the prefix cache holds now.
 
@@ -140,7 +146,7 @@ def refresh_cached_tokens(sim: Sim, request: int) -> None:
     row.cached_tokens = hit * block_tokens
 
 
-@njit(cache=True)
+@njit_borrowed
 def _share_computed_blocks(sim: Sim, request: int, before: int, after: int) -> None:
     """Make the prompt blocks filled by computing tokens before..after shareable."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -163,7 +169,7 @@ def _share_computed_blocks(sim: Sim, request: int, before: int, after: int) -> N
             engine.kv_blocks_free += 1
 
 
-@njit(cache=True)
+@njit_borrowed
 def _release_blocks(sim: Sim, request: int) -> None:
     row = sim.state.requests[request]
     engine, books = sim.state.engine[0], sim.books[0]
@@ -185,7 +191,7 @@ def _release_blocks(sim: Sim, request: int) -> None:
 # ------------------------------------------------------------------------------------------ arrivals, tokens
 
 
-@njit(cache=True)
+@njit_borrowed
 def absorb_arrivals(sim: Sim) -> None:
     """Let requests that have arrived by now into the waiting list, or refuse those that can never fit."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -232,7 +238,7 @@ def absorb_arrivals(sim: Sim) -> None:
         books.latency_s += engine.now_s - trace.arrival_s
 
 
-@njit(cache=True)
+@njit_borrowed
 def _close_segment(sim: Sim, request: int) -> None:
     books = sim.books[0]
     start = sim.segment_start[request]
@@ -246,7 +252,7 @@ def _close_segment(sim: Sim, request: int) -> None:
         sim.segment_start[request] = -1
 
 
-@njit(cache=True)
+@njit_borrowed
 def _finish(sim: Sim, request: int) -> None:
     """The request yielded its last token at the end of the iteration just counted."""
     row = sim.state.requests[request]
@@ -261,37 +267,13 @@ def _finish(sim: Sim, request: int) -> None:
         books.slo_met += row.slo_weight
 
 
-@njit(cache=True)
+@njit_borrowed
 def _move(array, start: int, end: int, by: int) -> None:
-    """array[start:end] moves by `by` places (negative: to the front), overlaps allowed.
-
-    Eight entries are read before any is written, so that the compiler can use vectors: thousands may wait.
-    """
-    if by < 0:
-        j = start
-        while j + 8 <= end:
-            a, b, c, d = array[j], array[j + 1], array[j + 2], array[j + 3]
-            e, f, g, h = array[j + 4], array[j + 5], array[j + 6], array[j + 7]
-            k = j + by
-            array[k], array[k + 1], array[k + 2], array[k + 3] = a, b, c, d
-            array[k + 4], array[k + 5], array[k + 6], array[k + 7] = e, f, g, h
-            j += 8
-        for i in range(j, end):
-            array[i + by] = array[i]
-    else:
-        j = end
-        while j - 8 >= start:
-            a, b, c, d = array[j - 8], array[j - 7], array[j - 6], array[j - 5]
-            e, f, g, h = array[j - 4], array[j - 3], array[j - 2], array[j - 1]
-            k = j - 8 + by
-            array[k], array[k + 1], array[k + 2], array[k + 3] = a, b, c, d
-            array[k + 4], array[k + 5], array[k + 6], array[k + 7] = e, f, g, h
-            j -= 8
-        for i in range(j - 1, start - 1, -1):
-            array[i + by] = array[i]
+    """array[start:end] moves by `by` places (negative: to the front), overlaps allowed: thousands may wait."""
+    memmove(array[start + by :].ctypes, array[start:].ctypes, array.itemsize * (end - start))
 
 
-@njit(cache=True)
+@njit_borrowed
 def _preempt(sim: Sim, index: int) -> None:
     """Preempt the running request at this place of the running list: to the front of the waiting list."""
     state, engine = sim.state, sim.state.engine[0]
@@ -307,6 +289,11 @@ def _preempt(sim: Sim, index: int) -> None:
     sim.books[0].decode_context = -1
     if row.computed_tokens >= row.prefill_target:
         engine.num_decoding -= 1
+    else:
+        kept = 0
+        for i in range(engine.num_running + 1 - engine.num_decoding):
+            sim.prefilling[kept] = sim.prefilling[i]
+            kept += sim.prefilling[i] != request
     _close_segment(sim, request)
     _release_blocks(sim, request)
     row.status = WAITING
@@ -314,13 +301,12 @@ def _preempt(sim: Sim, index: int) -> None:
     row.computed_tokens = 0
     row.cached_tokens = 0
     row.prefill_target = row.prompt_tokens + row.generated_tokens
-    sim.chunk[request] = 0
 
 
 # ------------------------------------------------------------------------------------------------ iterations
 
 
-@njit(cache=True)
+@njit_borrowed
 def iteration_seconds(cost, prefill, decodes, decode_context, query_context, kv) -> float:
     """`CostModel` in code: seconds of an iteration with these features (see spec.COST_FEATURES)."""
     return (
@@ -330,10 +316,11 @@ def iteration_seconds(cost, prefill, decodes, decode_context, query_context, kv)
         + cost[3] * decode_context
         + cost[4] * query_context
         + cost[5] * (prefill + decodes) * kv
+        + cost[6] * (prefill > 0)
     )
 
 
-@njit(cache=True)
+@njit_borrowed
 def _admit(sim: Sim, request: int, levers, left: int, first_prefill: bool) -> int:
     """Try to admit a waiting request. Returns the prefill tokens it gets, or -1 if admission ends here."""
     state, engine, books = sim.state, sim.state.engine[0], sim.books[0]
@@ -366,12 +353,13 @@ def _admit(sim: Sim, request: int, levers, left: int, first_prefill: bool) -> in
     row.computed_tokens = row.cached_tokens
     row.admission = books.next_admission
     books.next_admission += 1
+    sim.prefilling[engine.num_running - engine.num_decoding] = request
     state.running[engine.num_running] = request
     engine.num_running += 1
     return min(need, min(left, levers.chunk_tokens))
 
 
-@njit(cache=True)
+@njit_inlined
 def _schedule_decodes(sim: Sim) -> int:
     """Give every decode a place for its token, preempting the last admitted when blocks run out.
 
@@ -405,7 +393,7 @@ def _schedule_decodes(sim: Sim) -> int:
     return context
 
 
-@njit(cache=True)
+@njit_borrowed
 def _drop_admitted(state: State, num_admitted: int) -> None:
     """Take the requests just admitted out of the waiting list; most often they stand at its front."""
     engine, requests, waiting = state.engine[0], state.requests, state.waiting
@@ -418,20 +406,18 @@ def _drop_admitted(state: State, num_admitted: int) -> None:
     engine.num_waiting -= num_admitted
 
 
-@njit(cache=True)
+@njit_inlined
 def _schedule_prefills(sim: Sim, decision: Decision, levers) -> int:
     """Hand out the prefill budget: incomplete prefills, then picks, then the rest. Returns the tokens given."""
     state, engine = sim.state, sim.state.engine[0]
     budget = max(min(levers.prefill_tokens, engine.max_batch_tokens - engine.num_decoding), 0)
     left = budget
-    if engine.num_running > engine.num_decoding:
-        for i in range(engine.num_running):
-            request = state.running[i]
-            row = state.requests[request]
-            if row.computed_tokens < row.prefill_target and left > 0:
-                tokens = min(row.prefill_target - row.computed_tokens, min(left, levers.chunk_tokens))
-                sim.chunk[request] = tokens
-                left -= tokens
+    for i in range(engine.num_running - engine.num_decoding):
+        request = sim.prefilling[i]
+        row = state.requests[request]
+        tokens = min(row.prefill_target - row.computed_tokens, min(left, levers.chunk_tokens))
+        sim.chunk[request] = tokens
+        left -= tokens
     most_running = min(levers.max_running, engine.max_running)
     num_admitted = 0
     going = True
@@ -467,7 +453,7 @@ def _schedule_prefills(sim: Sim, decision: Decision, levers) -> int:
     return budget - left
 
 
-@njit(cache=True)
+@njit_inlined
 def _pass_time(sim: Sim, seconds: float, prefill: int, decodes: int) -> None:
     """Let the iteration happen: the clock, what the requests in the system waited, the record."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -489,7 +475,7 @@ def _pass_time(sim: Sim, seconds: float, prefill: int, decodes: int) -> None:
     engine.iterations += 1
 
 
-@njit(cache=True)
+@njit_borrowed
 def _advance_prefill(sim: Sim, request: int) -> bool:
     """Book the chunk just computed; a prefill that became complete yields a token. True if that was its last."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -515,7 +501,7 @@ def _advance_prefill(sim: Sim, request: int) -> bool:
     return sim.tokens_left[request] == 0
 
 
-@njit(cache=True)
+@njit_inlined
 def _yield_tokens(sim: Sim) -> None:
     """The end of the iteration: a token for each decode and each completed prefill; the finished leave.
 
@@ -525,7 +511,8 @@ def _yield_tokens(sim: Sim) -> None:
     state, engine, books = sim.state, sim.state.engine[0], sim.books[0]
     requests, running, chunk, tokens_left, full = state.requests, state.running, sim.chunk, sim.tokens_left, sim.full
     now_s, block_tokens = engine.now_s, engine.block_tokens
-    kept = num_full = context = 0
+    prefilling = sim.prefilling
+    kept = num_full = context = num_prefilling = 0
     for i in range(engine.num_running):
         request = running[i]
         row = requests[request]
@@ -551,11 +538,14 @@ def _yield_tokens(sim: Sim) -> None:
             context += computed + 1
             full[num_full] = request
             num_full += computed == row.kv_blocks * block_tokens
+        else:
+            prefilling[num_prefilling] = request
+            num_prefilling += 1
     engine.num_running = kept
     books.decode_context, books.num_full = context, num_full
 
 
-@njit(cache=True)
+@njit_borrowed
 def run_iteration(sim: Sim, decision: Decision) -> None:
     """One engine iteration under `decision`, as `state.py` defines it. Something must be waiting or running."""
     state, engine = sim.state, sim.state.engine[0]
@@ -573,21 +563,20 @@ def run_iteration(sim: Sim, decision: Decision) -> None:
     decodes = engine.num_decoding
     query_context = 0.0
     kv = float(decode_context)
-    if prefill > 0:
-        requests, running, chunk = state.requests, state.running, sim.chunk
-        for i in range(engine.num_running):
-            tokens = chunk[running[i]]
-            if tokens > 0:
-                context = requests[running[i]].computed_tokens + tokens
-                query_context += float(tokens) * context
-                kv += context
+    for i in range(engine.num_running - decodes):
+        request = sim.prefilling[i]
+        tokens = sim.chunk[request]
+        if tokens > 0:
+            context = state.requests[request].computed_tokens + tokens
+            query_context += float(tokens) * context
+            kv += context
     seconds = iteration_seconds(sim.cost, prefill, decodes, decode_context, query_context, kv)
     _pass_time(sim, seconds, prefill, decodes)
     _yield_tokens(sim)
     absorb_arrivals(sim)
 
 
-@njit(cache=True)
+@njit_borrowed
 def fast_forward(sim: Sim) -> int:
     """Run together the iterations up to the next arrival, finish or shortage of blocks. Returns how many.
 
@@ -650,7 +639,7 @@ def fast_forward(sim: Sim) -> int:
     return steps
 
 
-@njit(cache=True)
+@njit_borrowed
 def skip_idle(sim: Sim) -> bool:
     """If nothing is present, jump to the next arrival. False when the workload is finished."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -662,7 +651,7 @@ def skip_idle(sim: Sim) -> bool:
     return True
 
 
-@njit(cache=True)
+@njit_borrowed
 def refresh_waiting(sim: Sim) -> None:
     """Bring `cached_tokens` of every waiting request up to date (a no-op without a prefix cache)."""
     if sim.state.engine[0].prefix_cache:
@@ -670,7 +659,7 @@ def refresh_waiting(sim: Sim) -> None:
             refresh_cached_tokens(sim, sim.state.waiting[i])
 
 
-@njit(cache=True)
+@njit_borrowed
 def has_room(sim: Sim) -> bool:
     """True if the record has room for one more iteration.
 
@@ -684,7 +673,7 @@ def has_room(sim: Sim) -> bool:
     )
 
 
-@njit
+@njit(**UNCOUNTED)
 def run_rule(sim: Sim, decide, params, memory, decision: Decision, forward: bool) -> bool:
     """Serve the workload under a compiled rule `decide(state, params, memory, decision)`.
 
@@ -702,7 +691,7 @@ def run_rule(sim: Sim, decide, params, memory, decision: Decision, forward: bool
     return True
 
 
-@njit(cache=True)
+@njit_borrowed
 def start(sim: Sim, kv_blocks, block_tokens, max_batch_tokens, max_running, prefix_cache, recording) -> None:
     """Empty the engine and go back to time zero. The caller has filled the trace, cost and hash arrays and zeroed
     `state.requests`."""
@@ -854,6 +843,7 @@ def new_sim(spec: RequestSchedulingSpec, workload: Workload, recording: bool) ->
         block_cached=np.zeros(blocks, np.bool_),
         lru=np.zeros((blocks + 1, 2), np.int64),
         segment_start=np.zeros(max(n, 1), np.int64),
+        prefilling=np.zeros(max(n, 1), np.int64),
         chunk=np.zeros(max(n, 1), np.int64),
         tokens_left=np.zeros(max(n, 1), np.int64),
         full=np.zeros(max(n, 1) + 1, np.int64),

@@ -16,23 +16,24 @@ COST_FEATURES = (
     "decode_context",
     "prefill_query_context",
     "query_times_kv",
+    "has_prefill",
 )
 """Regressors of the iteration cost model, in the order of `CostModel.coefficients_s`."""
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of one engine iteration, linear and non-negative in six features.
+    """Seconds of one engine iteration, linear and non-negative in seven features.
 
     iteration_s = sum_i coefficients_s[i] * feature_i, with the features of `COST_FEATURES`:
     1; prefill tokens P; decoding requests D; tokens of context read by the decodes (their own new token
     included); sum over prefill chunks of q * (context after the chunk); Q * KV, where Q = P + D is the number
     of query tokens of the iteration and KV the context of all requests in it (engines whose attention runs
-    over one dense Q x KV mask pay this).
+    over one dense Q x KV mask pay this); 1 if P > 0 (engines that leave a CUDA graph, or a fast path, for it).
     """
 
     name: str
-    coefficients_s: tuple[float, float, float, float, float, float]
+    coefficients_s: tuple[float, ...]
     source: str = ""
     """Where the numbers are from: the measurement, machine and versions."""
 
@@ -61,7 +62,7 @@ class CostModel:
 
 LLAMA2_7B_A100 = CostModel(
     name="llama2-7b-a100",
-    coefficients_s=(9.0e-3, 8.6e-5, 3.0e-5, 3.3e-7, 3.5e-9, 0.0),
+    coefficients_s=(9.0e-3, 8.6e-5, 3.0e-5, 3.3e-7, 3.5e-9, 0.0, 0.0),
     source="A100-like: weights 13.5 GB at 1.5 TB/s; 13.4 GFLOP a token at 156 TFLOP/s; 0.5 MB of KV a token",
 )
 

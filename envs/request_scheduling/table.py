@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from ..core.kernel import njit_borrowed
 from .spec import RequestSchedulingSpec
 from .state import NO_LIMIT, Decision, State, reset_decision
 
@@ -23,7 +24,7 @@ OVERDUE_EVERY = 8
 """One admission in so many goes to the request that waited longest, once it waited longer than allowed: so whoever is
 passed over by a policy still waits a bounded time, and a backlog of the hopeless cannot take the whole engine."""
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
 
 CONTEXT_FEATURES = (
@@ -107,7 +108,7 @@ class Problem(NamedTuple):
     """What the table must know of the spec."""
 
     choices: np.ndarray  # (L,) int64 prefill tokens of the launch rows
-    cost: np.ndarray  # (6,) float64 seconds, the calibrated cost model
+    cost: np.ndarray  # (7,) float64 seconds, the calibrated cost model
     mean_e2e: np.ndarray  # (1,) float64, 1 if the objective is mean E2E latency
     longest_wait_s: np.ndarray  # (1,) float64: who waited longer goes first
 
@@ -147,7 +148,7 @@ def empty_table(num_candidates: int) -> Table:
     )
 
 
-@njit(cache=True)
+@njit_borrowed
 def _insert(keys, places, length: int, limit: int, key: float, place: int) -> int:
     """Insert into the sorted list of the `limit` smallest keys. Returns its new length."""
     if length == limit and key >= keys[length - 1]:
@@ -162,7 +163,7 @@ def _insert(keys, places, length: int, limit: int, key: float, place: int) -> in
     return min(length + 1, limit)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _survey(state: State, table: Table) -> None:
     """Sum up the running and the waiting requests in the table's head."""
     engine, head = state.engine[0], table.head[0]
@@ -190,14 +191,20 @@ def _survey(state: State, table: Table) -> None:
     head.victim = 1 if blocks > engine.kv_blocks_free else 0
 
 
-@njit(cache=True)
+@njit_borrowed
 def _blocks_to_admit(row, block_tokens: int) -> int:
     return (
         row.prompt_tokens + row.generated_tokens + block_tokens - 1
     ) // block_tokens - row.cached_tokens // block_tokens
 
 
-@njit(cache=True)
+@njit_borrowed
+def _prefill_s_per_token(problem: Problem, decode_context: int) -> float:
+    """Seconds that one more token of prefill adds to an iteration with this much decode context."""
+    return problem.cost[1] + problem.cost[5] * decode_context
+
+
+@njit_borrowed
 def _shortlist(state: State, problem: Problem, table: Table) -> int:
     """Choose the waiting requests that get a row. Returns the fewest blocks that any waiting request needs.
 
@@ -211,7 +218,8 @@ def _shortlist(state: State, problem: Problem, table: Table) -> int:
     requests, waiting = state.requests, state.waiting
     num_waiting, now_s = engine.num_waiting, engine.now_s
     few = num_waiting <= room
-    prefill_s_per_token, mean_e2e = problem.cost[1], problem.mean_e2e[0] > 0
+    mean_e2e = problem.mean_e2e[0] > 0
+    prefill_s_per_token = _prefill_s_per_token(problem, head.decode_context)
     limits = (room // 2, room - room // 4) if not mean_e2e else (0, room - room // 8)
     hopeful, least = 0, 0
     tokens, hopeless, fewest = 0, 0, NO_LIMIT
@@ -266,7 +274,7 @@ def _shortlist(state: State, problem: Problem, table: Table) -> int:
     return fewest
 
 
-@njit(cache=True)
+@njit_borrowed
 def _rank(state: State, table: Table, first: int, count: int) -> None:
     """Ranks of the visible requests by work and by arrival, in [0, 1]."""
     last = max(count - first - 1, 1)
@@ -283,7 +291,7 @@ def _rank(state: State, table: Table, first: int, count: int) -> None:
             table.ranks[rows[i], which] = i / last
 
 
-@njit(cache=True)
+@njit_borrowed
 def open_table(state: State, problem: Problem, table: Table, decision: Decision) -> bool:
     """Begin the decision of the coming iteration. False if there is nothing to decide (launch the default)."""
     head = table.head[0]
@@ -297,14 +305,14 @@ def open_table(state: State, problem: Problem, table: Table, decision: Decision)
     return _offer_requests(state, problem, table)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _launch_tokens(state: State, problem: Problem, row: int) -> int:
     """Prefill tokens that a launch row allows."""
     most = state.engine[0].max_batch_tokens - state.engine[0].num_decoding
     return most if row == 0 else min(problem.choices[row - 1], most)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _offer_requests(state: State, problem: Problem, table: Table) -> bool:
     engine, head = state.engine[0], table.head[0]
     for k in range(head.num_launches):
@@ -316,7 +324,7 @@ def _offer_requests(state: State, problem: Problem, table: Table) -> bool:
     return can_admit or (head.partial_tokens > 0 and engine.num_decoding > 0)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _offer_victims(state: State, table: Table) -> None:
     """Rows for the running requests: all, or the ones admitted last if there are more than rows."""
     engine, head = state.engine[0], table.head[0]
@@ -335,7 +343,7 @@ def _offer_victims(state: State, table: Table) -> None:
     _rank(state, table, first, count)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _is_turn_of_overdue(state: State, table: Table) -> bool:
     """True for every OVERDUE_EVERY-th admission; every admission ended in a finish, a preemption or is running."""
     engine = state.engine[0]
@@ -343,7 +351,7 @@ def _is_turn_of_overdue(state: State, table: Table) -> bool:
     return admissions % OVERDUE_EVERY == 0
 
 
-@njit(cache=True)
+@njit_borrowed
 def write_mask(state: State, problem: Problem, table: Table, mask) -> None:
     """bool (K,): which rows may be chosen. Never empty."""
     engine, head = state.engine[0], table.head[0]
@@ -380,7 +388,7 @@ def write_mask(state: State, problem: Problem, table: Table, mask) -> None:
             mask[k] = owed > 0 and not covered
 
 
-@njit(cache=True)
+@njit_borrowed
 def write_observation(state: State, problem: Problem, table: Table, context, candidates) -> None:
     """float32 (C,) and (K, F): the columns of CONTEXT_FEATURES and CANDIDATE_FEATURES."""
     candidates[:] = 0.0
@@ -389,7 +397,7 @@ def write_observation(state: State, problem: Problem, table: Table, context, can
     _write_requests(state, problem, table, candidates)
 
 
-@njit(cache=True)
+@njit_borrowed
 def update_observation(state: State, problem: Problem, table: Table, action: int, context, candidates) -> None:
     """What `write_observation` would write after choosing the row `action`, given what it wrote before."""
     candidates[action] = 0.0
@@ -397,12 +405,12 @@ def update_observation(state: State, problem: Problem, table: Table, action: int
     _write_launches(state, problem, table, candidates)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _write_context(state: State, problem: Problem, table: Table, context) -> None:
     engine, head = state.engine[0], table.head[0]
     total, free = float(engine.kv_blocks_total), max(float(engine.kv_blocks_free), 1.0)
     waiting, running = max(engine.num_waiting, 1), max(engine.num_running, 1)
-    prefill_s = problem.cost[1]
+    prefill_s = _prefill_s_per_token(problem, head.decode_context)
     context[0] = engine.kv_blocks_free / total
     context[1] = engine.num_running / 256.0
     context[2] = engine.num_decoding / 256.0
@@ -428,7 +436,7 @@ def _write_context(state: State, problem: Problem, table: Table, context) -> Non
     context[21] = head.victim
 
 
-@njit(cache=True)
+@njit_borrowed
 def _write_launches(state: State, problem: Problem, table: Table, candidates) -> None:
     engine, head = state.engine[0], table.head[0]
     if head.victim:
@@ -445,6 +453,7 @@ def _write_launches(state: State, problem: Problem, table: Table, candidates) ->
             + problem.cost[3] * head.decode_context
             + problem.cost[4] * 0.5 * float(tokens) * tokens
             + problem.cost[5] * (engine.num_decoding + tokens) * (head.decode_context + tokens)
+            + problem.cost[6] * (tokens > 0)
         )
         row[0] = 1.0
         row[1] = table.scratch[2, k]
@@ -454,13 +463,13 @@ def _write_launches(state: State, problem: Problem, table: Table, candidates) ->
         row[5] = min(seconds / head.least_tpot_s, 4.0)
 
 
-@njit(cache=True)
+@njit_borrowed
 def _write_requests(state: State, problem: Problem, table: Table, candidates) -> None:
     engine, head = state.engine[0], table.head[0]
-    now_s, prefill_s = engine.now_s, problem.cost[1]
+    now_s, prefill_s = engine.now_s, _prefill_s_per_token(problem, head.decode_context)
     total, free = float(engine.kv_blocks_total), max(float(engine.kv_blocks_free), 1.0)
     used = max(total - engine.kv_blocks_free, 1.0)
-    decode_s = 0.1 * problem.cost[0]
+    decode_s = 0.1 * problem.cost[0] + problem.cost[5] * head.decode_context
     last_limit_s, log_limit, last_tpot_s, log_tpot = 0.0, 0.0, 0.0, 0.0
     for k in range(head.num_launches, head.num_rows):
         if not table.open[k]:
@@ -470,7 +479,7 @@ def _write_requests(state: State, problem: Problem, table: Table, candidates) ->
         target = request.prompt_tokens + request.generated_tokens
         residual = target - request.cached_tokens
         left = max(request.predicted_output_tokens - request.generated_tokens, 0.2 * request.generated_tokens + 1.0)
-        own_s = prefill_s * residual + problem.cost[4] * float(residual) * target
+        own_s = prefill_s * residual + (problem.cost[4] + problem.cost[5]) * float(residual) * target
         waited_s = now_s - request.arrival_s
         limit_s = request.ttft_slo_s
         row[6] = min(residual / 4096.0, 4.0)
@@ -501,7 +510,7 @@ def _write_requests(state: State, problem: Problem, table: Table, candidates) ->
         row[17] = min(table.blocks[k] / free, 2.0)
 
 
-@njit(cache=True)
+@njit_borrowed
 def choose(state: State, problem: Problem, table: Table, decision: Decision, action: int) -> bool:
     """Take a row. True when it was a launch: `decision` is complete."""
     head, levers = table.head[0], decision.levers[0]
@@ -528,7 +537,7 @@ def choose(state: State, problem: Problem, table: Table, decision: Decision, act
     return False
 
 
-@njit(cache=True)
+@njit_borrowed
 def _victims_suffice(state: State, table: Table, decision: Decision) -> bool:
     """True if the blocks of the victims chosen so far cover what the remaining decodes need, or none is left."""
     engine, levers = state.engine[0], decision.levers[0]
@@ -559,7 +568,7 @@ def visible_state(state: State, table: Table, engine: np.ndarray, waiting: np.nd
     return State(engine, state.requests, waiting, state.running)
 
 
-@njit(cache=True)
+@njit_borrowed
 def action_of(state: State, problem: Problem, table: Table, mask, wanted: Decision, follow: int) -> int:
     """The row that brings the table closest to what a rule wants: its pick number `follow`, else a launch.
 

@@ -216,7 +216,7 @@ def test_metrics_equal_the_independent_recomputation(seed):
         "kv_blocks": kv_blocks,
         "spec": {
             "engine": {"block_tokens": BLOCK_TOKENS, "prefix_cache": False, "max_batch_tokens": 1000},
-            "cost": {"coefficients_s": [*COST, 0, 0, 0]},
+            "cost": {"coefficients_s": [*COST, 0, 0, 0, 0]},
         },
     }
     assert check_schedule(schedule, description) == []

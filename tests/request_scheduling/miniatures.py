@@ -13,8 +13,8 @@ from schedlab.envs.request_scheduling.state import FINISHED, NO_LIMIT, RUNNING, 
 from schedlab.envs.request_scheduling.workload import Workload, dense_ids
 
 # Fractions of two: sums of them are exact in floating point, whatever their order.
-DYADIC = CostModel("dyadic", (1.0, 1 / 16, 1 / 8, 1 / 256, 1 / 1024, 1 / 4096))
-ONE_SECOND = CostModel("one second an iteration", (1.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+DYADIC = CostModel("dyadic", (1.0, 1 / 16, 1 / 8, 1 / 256, 1 / 1024, 1 / 4096, 1 / 2))
+ONE_SECOND = CostModel("one second an iteration", (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def tiny_spec(

@@ -244,6 +244,7 @@ class ReferenceEngine:
             context,
             sum(q * c for q, c in after),
             (prefill + len(decodes)) * (context + sum(c for _, c in after)),
+            prefill > 0,
         )
         start_s = self.now_s
         self.now_s += sum(c * f for c, f in zip(self.cost, features, strict=True))

@@ -330,6 +330,23 @@ def test_following_fcfs_is_fcfs(case):
     np.testing.assert_array_equal(followed["preemptions"], simulator.sim.state.requests["preemptions"])
 
 
+def test_rules_of_unlike_kernels_are_followed_side_by_side():
+    tasks = [Task(SPEC, CONVERSATION.window(a, a + 80).with_classes(TWO_CLASSES)) for a in (0, 80)]
+    rules = [RULES["vtc"], RULES["hopeless_last"]]
+    env = RequestSchedulingVectorEnv(8, tasks=tasks)
+    env.reset(seed=1)
+    assert set(env.task_index) == {0, 1}
+    alone = [RequestSchedulingVectorEnv(8, tasks=tasks) for _ in rules]
+    for other in alone:
+        other.reset(seed=1)
+    for _ in range(50):
+        actions = env.rule_actions(rules)
+        apart = [other.rule_actions([rule, rule]) for other, rule in zip(alone, rules, strict=True)]
+        np.testing.assert_array_equal(actions, np.where(env.task_index == 0, apart[0], apart[1]))
+        for e in (env, *alone):
+            e.step(actions)
+
+
 def test_following_a_rule_with_memory_starts_every_episode_afresh():
     task = Task(
         tiny_spec(kv_blocks=40, max_running=1),

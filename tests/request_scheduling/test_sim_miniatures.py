@@ -36,7 +36,7 @@ DEFAULT = always()
 
 
 def test_decodes_go_first_and_prefill_fills_the_budget():
-    spec = tiny_spec(max_batch_tokens=6, cost=CostModel("by hand", (1.0, 0.25, 0.5, 0.0, 0.0, 0.0)))
+    spec = tiny_spec(max_batch_tokens=6, cost=CostModel("by hand", (1.0, 0.25, 0.5, 0.0, 0.0, 0.0, 0.0)))
     workload = tiny_workload([0, 0.5, 4], prompt_tokens=[10, 3, 6], output_tokens=[3, 2, 1])
     assert tell(spec, workload, DEFAULT) == [
         "2.5s: r0 +6 | 3 blocks",  # 1 + 6/4; all blocks of the prompt at once
@@ -47,12 +47,12 @@ def test_decodes_go_first_and_prefill_fills_the_budget():
 
 
 def test_cost_counts_context():
-    """1 decode context token = 1 s, 1 query x context = 1/8 s, 1 query x KV = 1/64 s; nothing else costs."""
-    spec = tiny_spec(max_batch_tokens=6, cost=CostModel("context", (0.0, 0.0, 0.0, 1.0, 1 / 8, 1 / 64)))
+    """A decode context token = 1 s, query x context = 1/8 s, query x KV = 1/64 s, any prefill 1/2 s; else nothing."""
+    spec = tiny_spec(max_batch_tokens=6, cost=CostModel("context", (0.0, 0.0, 0.0, 1.0, 1 / 8, 1 / 64, 1 / 2)))
     workload = tiny_workload([0, 0], prompt_tokens=[4, 6], output_tokens=[2, 1])
     ends = [float(line.split("s:")[0]) for line in tell(spec, workload, DEFAULT)]
-    first = (4 * 4 + 2 * 2) / 8 + 6 * (4 + 2) / 64  # chunks of 4 and 2 over contexts of 4 and 2
-    second = 5 + 4 * 6 / 8 + 5 * (5 + 6) / 64  # a decode over 5 tokens, a chunk of 4 up to context 6
+    first = (4 * 4 + 2 * 2) / 8 + 6 * (4 + 2) / 64 + 1 / 2  # chunks of 4 and 2 over contexts of 4 and 2
+    second = 5 + 4 * 6 / 8 + 5 * (5 + 6) / 64 + 1 / 2  # a decode over 5 tokens, a chunk of 4 up to context 6
     assert ends == pytest.approx([first, first + second])
 
 
