@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ..envs.core.errors import InputError
 from . import command
 
 if TYPE_CHECKING:
-    from ..envs.request_scheduling.spec import CostModel
+    from ..real_backend.calibrate import Calibration
 
 
 @dataclass
@@ -52,24 +53,21 @@ class Args:
     """Folder with trace files. Default: $SCHEDLAB_DATA, then the download cache."""
 
 
-def calibrate_with_progress(
-    engine: Any, seed: int, num_iterations: int, num_repeats: int
-) -> tuple[CostModel, dict[str, Any]]:
-    """`calibrate_hf` with a progress bar that counts the engine's iterations."""
-    from ..real_backend.calibrate import calibrate_hf
-
-    with command.progress("calibrating", num_iterations * num_repeats) as bar:
+def measure_pass(calibration: Calibration, label: str = "calibrating") -> None:
+    """`Calibration.measure_pass` with a progress bar that counts the engine's iterations."""
+    engine: Any = calibration.engine
+    with command.progress(label, calibration.num_iterations) as bar:
         count, step = 0, engine.step
 
         def counted(decision: Any) -> Any:
             nonlocal count
             count += 1
-            bar(min(count, num_iterations * num_repeats))
+            bar(min(count, calibration.num_iterations))
             return step(decision)
 
         engine.step = counted  # this engine's method only, for as long as it is calibrated
         try:
-            return calibrate_hf(engine, seed, num_iterations=num_iterations, num_repeats=num_repeats)
+            calibration.measure_pass()
         finally:
             del engine.step
 
@@ -77,11 +75,16 @@ def calibrate_with_progress(
 def calibrate(args: Args) -> int:
     """Run `schedlab calibrate`."""
     from ..envs.request_scheduling.spec import COST_FEATURES
-    from ..real_backend.calibrate import write_calibration
+    from ..real_backend.calibrate import Calibration, write_calibration
     from .evaluate import open_engine
 
+    if args.repeats < 1:
+        raise InputError(f"repeats is {args.repeats}", remedy="Measure at least once")
     engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
-    model, report = calibrate_with_progress(engine, args.seed, args.iterations, args.repeats)
+    calibration = Calibration(engine, args.seed, num_iterations=args.iterations)
+    for repeat in range(args.repeats):
+        measure_pass(calibration, f"calibrating, pass {repeat + 1} of {args.repeats}")
+    model, report = calibration.fit()
     engine.close()
     if args.out is not None:
         write_calibration(args.out, model, report)

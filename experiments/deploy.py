@@ -65,6 +65,8 @@ class Args:
     """Cost model of the engine, as written by `schedlab calibrate hf`. Without it a short one is fitted."""
     length_scale: float = 16
     """Tokens of the trace for one token of the small engine."""
+    kv_blocks: int | None = None
+    """KV blocks of the small engine. Default: the pool of the full-size engine, made small."""
     model: Path | None = None
     """Folder of a local model. Default: a small Llama with random weights."""
     device: str = "cpu"
@@ -95,6 +97,7 @@ def deploy_on(engine: Any, cost: CostModel, args: Args, out: Path) -> Deployment
         requests=args.window,
         cost=cost,
         length_scale=args.length_scale,
+        kv_blocks=args.kv_blocks,
         data_dir=args.data_dir,
     )
     engine.slo_classes = scenario.spec.slo_classes
@@ -136,7 +139,7 @@ def deploy(args: Args) -> int:
     if args.policy != KNOBS:
         find_policy(args.policy, plain.policy_spec)  # a wrong name is told before an engine is started
     command.say(plain.pool.source)
-    engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
+    engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir, args.kv_blocks)
     cost = measured_cost(engine, args.cost_model, seed=args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         deployment = deploy_on(engine, cost, args, args.out or Path(scratch))

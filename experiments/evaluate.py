@@ -83,6 +83,8 @@ class Args:
     """hf: cost model of the engine, as written by `schedlab calibrate hf`. Without it a short one is fitted."""
     length_scale: float = 16
     """hf: tokens of the trace for one token of the small engine."""
+    kv_blocks: int | None = None
+    """hf: KV blocks of the small engine. Default: the pool of the full-size engine, made small."""
     model: Path | None = None
     """hf: folder of a local model. Default: a small Llama with random weights."""
     device: str = "cpu"
@@ -318,24 +320,34 @@ def directions(frame: pd.DataFrame) -> dict[str, bool | None]:
 # ----------------------------------------------------------------------------------------- the real engine
 
 
-def open_engine(length_scale: float, model: Path | None, device: str, workload: str, data_dir: Path | None) -> Any:
+def open_engine(
+    length_scale: float,
+    model: Path | None,
+    device: str,
+    workload: str,
+    data_dir: Path | None,
+    kv_blocks: int | None = None,
+) -> Any:
     """The small real engine for a workload, its SLO classes still to be set."""
     from ..envs.request_scheduling.traces import find_workload
     from ..real_backend.hf import HFEngine
     from .scenario import full_size_spec, small_engine
 
     full = full_size_spec(workload, find_workload(workload, data_dir), "mean_e2e")
-    return HFEngine(small_engine(full.engine, length_scale), model, device)
+    return HFEngine(small_engine(full.engine, length_scale, kv_blocks), model, device)
 
 
 def measured_cost(engine: Any, path: Path | None, *, seed: int = 0, num_iterations: int = 120) -> CostModel:
     """The cost model in `path`, or one fitted now in a short calibration."""
     from ..envs.request_scheduling.spec import CostModel
-    from .calibrate import calibrate_with_progress
+    from ..real_backend.calibrate import Calibration
+    from .calibrate import measure_pass
 
     if path is not None:
         return CostModel.load(path)
-    model, report = calibrate_with_progress(engine, seed, num_iterations, 1)
+    calibration = Calibration(engine, seed, num_iterations=num_iterations)
+    measure_pass(calibration)
+    model, report = calibration.fit()
     command.say(
         f"no --cost-model given: fitted one to {report['fit']['iterations']} iterations (held-out median error "
         f"{report['held_out']['median']:.0%}, total {report['held_out']['total']:+.1%})"
@@ -347,8 +359,12 @@ def measured_cost(engine: Any, path: Path | None, *, seed: int = 0, num_iteratio
 
 
 def find_policies(names: Sequence[str], scenario: Scenario) -> list[Policy]:
-    """The policies of these names, for the scenario's engine. Raises InputError."""
-    from .policies import KNOBS, find_policy
+    """The policies of these names, for the scenario's engine. Raises InputError.
+
+    Rules are shown a small engine in full-size units, in which their knobs are published; what was learned or
+    searched sees the engine as it is.
+    """
+    from .policies import KNOBS, find_policy, is_published
 
     if not names:
         raise InputError("no policy given", remedy="Name at least one after --policies")
@@ -358,14 +374,9 @@ def find_policies(names: Sequence[str], scenario: Scenario) -> list[Policy]:
     policies = []
     for name in sorted(names, key=lambda name: name == KNOBS):  # the search takes longest: errors come before it
         training = scenario.training_windows() if name == KNOBS else ()
-        policy = find_policy(
-            name,
-            scenario.policy_spec,
-            metric=scenario.metric,
-            training=training,
-            training_spec=scenario.full_spec,
-        )
-        policies.append(scenario.show(policy))
+        spec = scenario.policy_spec if is_published(name) else scenario.spec
+        policy = find_policy(name, spec, metric=scenario.metric, training=training)
+        policies.append(scenario.show(policy) if is_published(name) else policy)
     return sorted(policies, key=lambda policy: list(names).index(policy.name))
 
 
@@ -392,9 +403,10 @@ def evaluate(args: Args) -> int:
         scenario = plain
         backend: Any = Simulator(scenario.spec)
     else:
-        backend = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
+        backend = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir, args.kv_blocks)
         cost = known_cost(args) or measured_cost(backend, args.cost_model, seed=args.seed)
-        scenario = build_scenario(args.workload, **wanted, cost=cost, length_scale=args.length_scale)
+        wanted |= dict(length_scale=args.length_scale, kv_blocks=args.kv_blocks)
+        scenario = build_scenario(args.workload, **wanted, cost=cost)
         backend.slo_classes = scenario.spec.slo_classes
     command.say(scenario.pool.source)
     policies = find_policies(args.policies, scenario)

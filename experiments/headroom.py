@@ -42,6 +42,8 @@ from .policies import find_policy
 KNOB_ORDERS = ("fcfs", "srpt", "residual", "hopeless_last", "hopeless_last_srpt")
 KNOB_BUDGETS = (512, 1024, 2048, 8192)
 KNOB_CAPS = (48, 64, 96, 256)
+SMALL_CAPS = (8, 16, 32)
+"""Worth trying, too, where it is not known what the engine does best."""
 
 LINEAR_START = np.array([1.0, 0.5, 0.05, 0.0, 0.2, 1.0, 10.5, 0.0, 0.5, 0.02, 0.2, 0.1, 0.0])
 LINEAR_SPREAD = np.array([0.7, 0.7, 0.2, 0.7, 0.3, 2.0, 1.0, 1.5, 0.3, 0.05, 0.3, 0.2, 0.2])
@@ -72,13 +74,14 @@ def gain_of(cell: Cell, simulator: Simulator) -> float:
     return float(-books["latency_s"] / len(simulator.workload))
 
 
-def knob_rules() -> list[Rule]:
-    """The grid of the knob search: order x token budget x most running."""
+def knob_rules(max_batch_tokens: int = KNOB_BUDGETS[-1], caps: Sequence[int] = KNOB_CAPS) -> list[Rule]:
+    """The grid of the knob search: order x token budget (in shares of the largest batch) x most running."""
+    budgets = [max(budget * max_batch_tokens // KNOB_BUDGETS[-1], 1) for budget in KNOB_BUDGETS]
     return [
         ordered_rule(
             f"knobs({order},{budget},{cap})", ORDER_NAMES.index(order), token_budget=budget, max_running=cap, ageing=0.0
         )
-        for order, budget, cap in itertools.product(KNOB_ORDERS, KNOB_BUDGETS, KNOB_CAPS)
+        for order, budget, cap in itertools.product(KNOB_ORDERS, budgets, caps)
     ]
 
 

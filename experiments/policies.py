@@ -45,13 +45,17 @@ def is_oracle(policy: str) -> bool:
     return policy.endswith(WITH_TRUE_LENGTHS)
 
 
+def is_published(policy: str) -> bool:
+    """True for the name of a rule with knobs as given; False for what was learned, or searched, for an engine."""
+    return policy in RULES or bool(_SARATHI.fullmatch(policy) or _FIXED_KNOBS.fullmatch(policy))
+
+
 def find_policy(
     name_or_path: str,
     spec: RequestSchedulingSpec,
     *,
     metric: str = "mean_e2e_s",
     training: Sequence[Workload] = (),
-    training_spec: RequestSchedulingSpec | None = None,
 ) -> Policy[State, Decision]:
     """The policy of a name or a checkpoint folder.
 
@@ -60,7 +64,6 @@ def find_policy(
         spec: of the engine, in the units in which the policy will see it.
         metric: what `knobs` are searched for, "mean_e2e_s" or "slo_goodput".
         training: requests on which `knobs` are searched.
-        training_spec: the engine on which they are; default `spec`.
 
     Raises:
         InputError: unknown name; a checkpoint that is missing, broken, or for another env or feature version; a
@@ -74,7 +77,7 @@ def find_policy(
     elif match := _FIXED_KNOBS.fullmatch(name_or_path):
         rule = _fixed_knobs(name_or_path, match, spec)
     elif name_or_path == KNOBS:
-        rule = search_knobs(training_spec or spec, metric, training)
+        rule = search_knobs(spec, metric, training)
     if rule is not None:
         return rule
     if name_or_path == AGENT:
@@ -146,12 +149,12 @@ def search_knobs(spec: RequestSchedulingSpec, metric: str, workloads: Sequence[W
     from dataclasses import replace
 
     from .command import progress, say
-    from .headroom import knob_rules, score
+    from .headroom import KNOB_CAPS, SMALL_CAPS, knob_rules, score
 
     if not workloads:
         raise InputError("`knobs` needs requests to search on", remedy="Name another policy, or a longer trace")
     cell: Any = _Cell(spec, metric)
-    rules = [rule for rule in knob_rules() if rule.params[1] <= spec.engine.max_batch_tokens]
+    rules = knob_rules(spec.engine.max_batch_tokens, SMALL_CAPS + KNOB_CAPS)
     gains = []
     with progress("searching knobs", len(rules)) as bar:
         for i, rule in enumerate(rules):

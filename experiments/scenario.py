@@ -153,7 +153,9 @@ class Scenario:
         """The cell's name in results, beside the workload's."""
         what = f"{self.objective} at load {self.load:g}, {self.requests} requests"
         what += " of the test part" if self.part == "test" else ""
-        return what + (f", lengths / {self.scale.tokens:g}" if self.scale else "")
+        if self.scale is None:
+            return what
+        return what + f", lengths / {self.scale.tokens:g}, {self.spec.engine.kv_blocks} KV blocks"
 
     @property
     def metric(self) -> str:
@@ -176,12 +178,14 @@ class Scenario:
         window = pool.window(begin, begin + self.requests)
         return self._at_load(window, seed, load or self.load)
 
-    def training_windows(self, count: int = 2) -> list[Workload]:
-        """Full-size windows of the training part at the scenario's load, for policies that tune themselves."""
+    def training_windows(self, count: int = 2, seed: int = 1000) -> list[Workload]:
+        """Windows of the training part at the scenario's load, as served, for policies that tune themselves.
+
+        `seed` draws length predictions and classes.
+        """
         size = min(max(self.requests, 1000), len(self.training) // count)
-        whole = replace(self, scale=None, spec=self.full_spec)
         windows = [self.training.window(i * size, (i + 1) * size) for i in range(count)]
-        return [whole._at_load(window, 1000 + i, self.load) for i, window in enumerate(windows)]
+        return [self._at_load(window, seed + i, self.load) for i, window in enumerate(windows)]
 
     def _at_load(self, window: Workload, seed: int, load: float) -> Workload:
         window = window.with_predictor(DEFAULT_RANK_CORRELATION, seed).with_classes(self.spec.slo_classes, seed)
@@ -198,6 +202,7 @@ def build_scenario(
     requests: int | None = None,
     cost: CostModel | None = None,
     length_scale: float | None = None,
+    kv_blocks: int | None = None,
     part: str | None = None,
     data_dir: str | PathLike[str] | None = None,
 ) -> Scenario:
@@ -210,6 +215,7 @@ def build_scenario(
         requests: in a run; default `SIM_REQUESTS` or `HF_REQUESTS`, the whole part if that is shorter.
         cost: cost model of the small engine; None for full size.
         length_scale: trace tokens for one token of the small engine.
+        kv_blocks: KV pool of the small engine; default the full-size pool, made small.
         part: "test", "all", or None: "test" for the traces on which agents are trained.
         data_dir: where trace files are looked for first.
 
@@ -227,8 +233,8 @@ def build_scenario(
     if full.engine.prefix_cache:
         trace = trace.with_block_tokens(full.engine.block_tokens)
     cut = len(trace) // 2
-    if cells and cells.num_requests * cells.num_windows < len(trace) - 1:
-        cut = cells.num_requests * cells.num_windows
+    if cells and cells.num_requests < cut:  # the test part of the cells: agents are trained on what comes before
+        cut = len(trace) - cells.num_requests
     if len(trace) < 4:
         raise InputError(f"workload {workload!r} has {len(trace)} requests", remedy="Give a trace of at least 4")
     pool = trace.window(cut) if part == "test" else trace
@@ -242,7 +248,7 @@ def build_scenario(
     scenario = Scenario(workload, load, objective, num_requests, part, pool, trace.window(0, cut), full, full)
     if cost is None:
         return scenario
-    return small(scenario, cost, length_scale or HF_LENGTH_SCALE)
+    return small(scenario, cost, length_scale or HF_LENGTH_SCALE, kv_blocks)
 
 
 def full_size_spec(workload: str, trace: Workload, objective: str) -> RequestSchedulingSpec:
@@ -263,25 +269,25 @@ def full_size_spec(workload: str, trace: Workload, objective: str) -> RequestSch
     )
 
 
-def small_engine(full: EngineSpec, length_scale: float) -> EngineSpec:
-    """The engine with everything that counts tokens divided by `length_scale`."""
+def small_engine(full: EngineSpec, length_scale: float, kv_blocks: int | None = None) -> EngineSpec:
+    """The engine with everything that counts tokens divided by `length_scale`; the KV pool as given, if it is."""
     block = max(round(full.block_tokens / length_scale), 1) if full.prefix_cache else 8
     return replace(
         full,
         block_tokens=block,
-        kv_blocks=max(round(full.kv_tokens / length_scale / block), 1),
+        kv_blocks=max(round(full.kv_tokens / length_scale / block), 1) if kv_blocks is None else kv_blocks,
         max_batch_tokens=max(round(full.max_batch_tokens / length_scale), full.max_running),
     )
 
 
-def small(scenario: Scenario, cost: CostModel, length_scale: float) -> Scenario:
+def small(scenario: Scenario, cost: CostModel, length_scale: float, kv_blocks: int | None = None) -> Scenario:
     """The scenario on the small engine of a measured cost model.
 
     A TTFT limit is scaled by the ratio of the capacities (seconds a request takes on a saturated engine), a TPOT
     limit by the ratio of the seconds of an iteration, both from a saturated run of the scenario's first requests.
     """
     full = scenario.full_spec
-    engine = small_engine(full.engine, length_scale)
+    engine = small_engine(full.engine, length_scale, kv_blocks)
     probe = scenario.pool.window(0, min(300, len(scenario.pool)))
     probe = probe.with_classes(full.slo_classes, 0)
     choices = tuple(min(math.ceil(b / length_scale), engine.max_batch_tokens) for b in full.prefill_choices)
@@ -300,8 +306,8 @@ def small(scenario: Scenario, cost: CostModel, length_scale: float) -> Scenario:
 def shown_spec(spec: RequestSchedulingSpec, full: RequestSchedulingSpec, scale: Scale) -> RequestSchedulingSpec:
     """The small engine's spec in full-size tokens and seconds."""
     k, s = scale.tokens, scale.seconds
-    constant, prefill, decode, context, query_context, query_kv = (c / s for c in spec.cost.coefficients_s)
-    cost = (constant, prefill / k, decode, context / k, query_context / k**2, query_kv / k**2)
+    constant, prefill, decode, context, query_context, query_kv, has_prefill = (c / s for c in spec.cost.coefficients_s)
+    cost = (constant, prefill / k, decode, context / k, query_context / k**2, query_kv / k**2, has_prefill)
     engine = replace(
         spec.engine,
         block_tokens=int(spec.engine.block_tokens * k),

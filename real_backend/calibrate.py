@@ -18,73 +18,80 @@ from ..envs.request_scheduling.workload import Workload
 from .hf import HFEngine
 
 Run = tuple[np.ndarray, np.ndarray]
-"""Features (I, 6) and seconds (I,) of the iterations of one run."""
+"""Features (I, 7) and seconds (I,) of the iterations of one run."""
 
 MAX_RUN_ITERATIONS = 60
 """A run is cut here: many short runs cover more settings than a few long ones."""
 
 
-def calibrate_hf(
-    engine: HFEngine,
-    seed: int = 0,
-    *,
-    num_iterations: int = 600,
-    num_repeats: int = 2,
-    name: str | None = None,
-) -> tuple[CostModel, dict[str, Any]]:
-    """Measure an engine under random schedules and fit `CostModel` to it. Returns (model, report).
+class Calibration:
+    """Measurements of an engine under random schedules, taken in passes, and the cost model fitted to them.
 
     Runs are bursts of random requests served under random schedules: every second run redraws its levers now and
     then, the others hold one setting, as a fixed rule would. Each third run is held out of the fit. The seconds are
     the engine's own (`HFEngine.clock`): preparation, forward pass, sampling, update and our scheduling, without the
-    policy. All runs are repeated, in passes over all of them so that a machine that slows down for a while does not
-    favour any, and an iteration's seconds are the mean of its repeats. Fit: see `fit_cost`.
+    policy. A pass repeats all runs, and an iteration's seconds are the mean of its repeats: a machine whose speed
+    drifts is measured well by passes far apart, with whatever is compared to the model run in between.
 
     Args:
-        engine: a real engine; its workload is lost.
-        num_iterations: different iterations to measure, at least. 600, twice, take about a minute of one CPU thread
-            with the default model.
-        num_repeats: passes over the runs; two or more tell the noise of the machine.
-        name: of the model; default "hf-<device>".
+        engine: a real engine; its workload is lost at each pass.
+        num_iterations: different iterations to measure, at least. 600 take about half a minute of one CPU thread a
+            pass with the default model.
 
-    The report holds, for the fit and for held-out runs: iterations, median and P90 of the relative error of an
-    iteration, the relative error of the total time and the worst of a single run; the repeat noise (the same
-    figures, of one repeat against the mean of all); and feature ranges, machine, versions. Raises InputError if too
-    few iterations were asked for.
+    Raises InputError if too few iterations were asked for.
     """
-    if num_iterations < 60 or num_repeats < 1:
-        raise InputError(
-            f"num_iterations is {num_iterations}, num_repeats {num_repeats}",
-            remedy="Measure at least 60 iterations, once; 600, twice, give a stable fit",
-        )
-    runs: list[Run] = []
-    while len(runs) < 6 or sum(len(seconds) for _, seconds in runs) < num_iterations:
-        runs.append(_measure_run(engine, seed, len(runs)))
-    passes = [runs] + [[_measure_run(engine, seed, i) for i in range(len(runs))] for _ in range(num_repeats - 1)]
-    means = [(runs[i][0], np.mean([one_pass[i][1] for one_pass in passes], axis=0)) for i in range(len(runs))]
-    held_out = [run for i, run in enumerate(means) if i % 3 == 2]
-    fitted = [run for i, run in enumerate(means) if i % 3 != 2]
-    coefficients = fit_cost(np.concatenate([f for f, _ in fitted]), np.concatenate([s for _, s in fitted]))
-    report = {
-        "clock": engine.clock,
-        "seed": seed,
-        "runs": len(runs),
-        "repeats": num_repeats,
-        "features": list(COST_FEATURES),
-        "fit": errors([f @ coefficients for f, _ in fitted], [s for _, s in fitted]),
-        "held_out": errors([f @ coefficients for f, _ in held_out], [s for _, s in held_out]),
-        "repeat_noise": errors([s for _, s in passes[-1]], [s for _, s in means]),
-        "feature_ranges": _ranges(np.concatenate([f for f, _ in means])),
-        "iteration_s": np.percentile(np.concatenate([s for _, s in means]), [0, 50, 100]).tolist(),
-        "engine": {field: getattr(engine.capacity, field) for field in EngineSpec.__dataclass_fields__},
-        "model": _model(engine),
-        "machine": _machine(engine),
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in ("torch", "transformers", "numpy", "scipy")},
-    }
-    kind = engine.model.device.type
-    model = CostModel(name or f"hf-{kind}", tuple(coefficients.tolist()), _source(report))
-    return model, report
+
+    def __init__(self, engine: HFEngine, seed: int = 0, *, num_iterations: int = 600) -> None:
+        if num_iterations < 60:
+            raise InputError(
+                f"num_iterations is {num_iterations}",
+                remedy="Measure at least 60 iterations, once; 600, twice, give a stable fit",
+            )
+        self.engine, self.seed, self.num_iterations = engine, seed, num_iterations
+        self.passes: list[list[Run]] = []
+
+    def measure_pass(self) -> None:
+        """Measure all runs once more; the first pass says how many there are."""
+        runs: list[Run] = []
+        if self.passes:
+            runs = [_measure_run(self.engine, self.seed, i) for i in range(len(self.passes[0]))]
+        while len(runs) < 6 or sum(len(seconds) for _, seconds in runs) < self.num_iterations:
+            runs.append(_measure_run(self.engine, self.seed, len(runs)))
+        self.passes.append(runs)
+
+    def fit(self, name: str | None = None) -> tuple[CostModel, dict[str, Any]]:
+        """The cost model of this name (default "hf-<device>"), fitted as `fit_cost` says, and a report.
+
+        The report holds, for the fit and for held-out runs: iterations, median and P90 of the relative error of an
+        iteration, the relative error of the total time and the worst of a single run; the repeat noise (the same
+        figures, of one pass against the mean of all); and feature ranges, machine, versions.
+        """
+        engine, passes = self.engine, self.passes
+        indices = range(len(passes[0]))
+        means = [(passes[0][i][0], np.mean([one_pass[i][1] for one_pass in passes], axis=0)) for i in indices]
+        held_out = [run for i, run in enumerate(means) if i % 3 == 2]
+        fitted = [run for i, run in enumerate(means) if i % 3 != 2]
+        coefficients = fit_cost(np.concatenate([f for f, _ in fitted]), np.concatenate([s for _, s in fitted]))
+        report = {
+            "clock": engine.clock,
+            "seed": self.seed,
+            "runs": len(means),
+            "repeats": len(passes),
+            "features": list(COST_FEATURES),
+            "fit": errors([f @ coefficients for f, _ in fitted], [s for _, s in fitted]),
+            "held_out": errors([f @ coefficients for f, _ in held_out], [s for _, s in held_out]),
+            "repeat_noise": errors([s for _, s in passes[-1]], [s for _, s in means]),
+            "feature_ranges": _ranges(np.concatenate([f for f, _ in means])),
+            "iteration_s": np.percentile(np.concatenate([s for _, s in means]), [0, 50, 100]).tolist(),
+            "engine": {field: getattr(engine.capacity, field) for field in EngineSpec.__dataclass_fields__},
+            "model": _model(engine),
+            "machine": _machine(engine),
+            "versions": {"python": platform.python_version()}
+            | {package: _version(package) for package in ("torch", "transformers", "numpy", "scipy")},
+        }
+        kind = engine.model.device.type
+        model = CostModel(name or f"hf-{kind}", tuple(coefficients.tolist()), _source(report))
+        return model, report
 
 
 def _source(report: dict[str, Any]) -> str:

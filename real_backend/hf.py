@@ -298,7 +298,7 @@ class HFEngine:
     # ------------------------------------------------------------------------------------------ more records
 
     def features(self) -> np.ndarray:
-        """(I, 6) float64: `COST_FEATURES` of each iteration so far."""
+        """(I, 7) float64: `COST_FEATURES` of each iteration so far."""
         return np.array(self._features, np.float64).reshape(-1, len(COST_FEATURES))
 
     def generated_tokens(self, request: int) -> list[int]:
@@ -459,7 +459,8 @@ class HFEngine:
         decode_context = int(computed[decoding].sum()) + decodes
         context += decode_context
         self._chunks, self._decoding = chunks, running[decoding]
-        self._features.append((1.0, prefill, decodes, decode_context, query_context, (prefill + decodes) * context))
+        query_kv = (prefill + decodes) * context
+        self._features.append((1.0, prefill, decodes, decode_context, query_context, query_kv, float(prefill > 0)))
         return batch
 
     def _newly_shareable(self, request: int, before: int, after: int) -> int:

@@ -51,7 +51,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def cost(tmp_path):
     path = tmp_path / "cost.json"
-    path.write_text(json.dumps({"name": "by-hand", "coefficients_s": [5e-3, 1e-4, 2e-4, 1e-6, 1e-7, 1e-7]}))
+    path.write_text(json.dumps({"name": "by-hand", "coefficients_s": [5e-3, 1e-4, 2e-4, 1e-6, 1e-7, 1e-7, 1e-3]}))
     return str(path)
 
 
@@ -202,7 +202,7 @@ def test_knobs_are_searched_on_other_requests(monkeypatch):
     from schedlab.experiments import headroom
 
     few = headroom.knob_rules()[:3]
-    monkeypatch.setattr(headroom, "knob_rules", lambda: few)
+    monkeypatch.setattr(headroom, "knob_rules", lambda *_: few)
     rule = policies.search_knobs(scenario.spec, "mean_e2e_s", windows)
     assert rule.name == "knobs" and "searched" in rule.source
     best = max(headroom.score(policies._Cell(scenario.spec, "mean_e2e_s"), r, windows) for r in few)
@@ -220,7 +220,7 @@ def test_attention_agent_runs_by_onnx(checkpoint):
 
 
 def test_small_engine_in_full_size_units():
-    cost = CostModel("by-hand", (5e-3, 1e-4, 2e-4, 1e-6, 1e-7, 1e-7))
+    cost = CostModel("by-hand", (5e-3, 1e-4, 2e-4, 1e-6, 1e-7, 1e-7, 1e-3))
     scenario = build_scenario("synthetic", requests=40, cost=cost, length_scale=16)
     spec, shown, scale = scenario.spec, scenario.policy_spec, scenario.scale
     assert spec.engine.max_batch_tokens == 512 and shown.engine.max_batch_tokens == 8192
@@ -315,7 +315,7 @@ def test_ranks_by_hand():
         return {"m": {"simulator": simulator, "engine": engine, "spread": spread}}
 
     rows = {"a": row(1, 1, 0.1), "b": row(2, 2, 0.1), "c": row(4, 2.1, 0.1), "d": row(3, 8, 0.1)}
-    found = fidelity.ranks(rows, "m")
+    found = fidelity.ranks(rows, "m", repeats=1)
     assert found["clear_pairs"] == 5  # b and c are within the noise
     assert found["same_sign"] == pytest.approx(4 / 5)
     assert found["kendall_tau"] == pytest.approx((5 - 1) / 6)

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.request_scheduling.spec import CostModel, EngineSpec
-from schedlab.real_backend.calibrate import calibrate_hf, errors, fit_cost, write_calibration
+from schedlab.real_backend.calibrate import Calibration, errors, fit_cost, write_calibration
 from schedlab.real_backend.hf import HFEngine, build_llama
 
 
@@ -34,7 +34,11 @@ def test_fit_recovers_known_coefficients_without_bias():
 
 
 def test_calibration_writes_what_the_simulator_reads(engine, tmp_path):
-    model, report = calibrate_hf(engine, seed=1, num_iterations=60, num_repeats=2)
+    calibration = Calibration(engine, seed=1, num_iterations=60)
+    calibration.measure_pass()
+    calibration.measure_pass()
+    model, report = calibration.fit()
+    assert report["repeats"] == 2
     assert report["runs"] >= 6 and report["fit"]["iterations"] + report["held_out"]["iterations"] >= 60
     assert set(report["versions"]) == {"python", "torch", "transformers", "numpy", "scipy"}
     assert report["machine"]["device"] == "cpu" and report["clock"] == "cpu"
@@ -58,4 +62,4 @@ def test_schedules_of_a_calibration_depend_on_the_seed_alone(engine):
 
 def test_too_few_iterations_are_refused(engine):
     with pytest.raises(InputError, match="at least 60"):
-        calibrate_hf(engine, num_iterations=5)
+        Calibration(engine, num_iterations=5)

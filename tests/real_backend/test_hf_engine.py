@@ -179,20 +179,20 @@ def test_miniature_chunked_prefill_and_decode(model):
     assert np.isnan(row["first_token_s"]).all() and list(row["admission"]) == [-1, -1]
 
     outcome = step(engine, prefill_tokens=8)  # 8 of the 10 tokens of request 0, nothing left for request 1
-    assert outcome.info["features"] == (1.0, 8, 0, 0, 8 * 8, 8 * 8)
+    assert outcome.info["features"] == (1.0, 8, 0, 0, 8 * 8, 8 * 8, 1)
     assert list(row["computed_tokens"]) == [8, 0] and list(row["kv_blocks"]) == [2, 0]
     assert head["kv_blocks_free"] == 22 and head["num_decoding"] == 0 and row["admission"][0] == 0
 
     outcome = step(engine, prefill_tokens=8)  # the other 2 and all 3 of request 1, which ends with its first token
-    assert outcome.info["features"] == (1.0, 5, 0, 0, 2 * 10 + 3 * 3, 5 * 13)
+    assert outcome.info["features"] == (1.0, 5, 0, 0, 2 * 10 + 3 * 3, 5 * 13, 1)
     assert list(row["status"]) == [RUNNING, FINISHED] and list(row["generated_tokens"]) == [1, 1]
     assert head["kv_blocks_free"] == 22 and head["num_decoding"] == 1 and head["num_finished"] == 1
     assert row["first_token_s"][0] == row["last_token_s"][1] == head["now_s"]
 
     outcome = step(engine)
-    assert outcome.info["features"] == (1.0, 0, 1, 11, 0, 11) and outcome.done
+    assert outcome.info["features"] == (1.0, 0, 1, 11, 0, 11, 0) and outcome.done
     assert head["kv_blocks_free"] == 24 and row["last_token_s"][0] > row["first_token_s"][0]
-    assert head["ema_iteration_s"] > 0 and engine.features().shape == (3, 6)
+    assert head["ema_iteration_s"] > 0 and engine.features().shape == (3, 7)
     timeline = engine.timeline()
     assert timeline.segments.tolist() == [[1, 1, 1], [0, 1, 2]]
     assert timeline.kv_blocks_used.tolist() == [2, 3, 2]
