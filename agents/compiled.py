@@ -13,19 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from ..envs.core.kernel import UNCOUNTED, njit_borrowed
 from .networks import MASKED_LOGIT, PointerNetwork
 
 _MASKED = np.float32(MASKED_LOGIT)
-
-NUM_VECTORS = 8
-"""Rows of the scratch memory beyond those of the candidates."""
 
 
 class DeepSetsWeights(NamedTuple):
     """Weights of a DeepSets pointer network, matrices as (inputs, outputs), the input scaling folded in.
 
-    H hidden, C context, F candidate numbers; all float32 and C-contiguous. `scratch` is working memory: threads that
-    run at the same time need one struct each (`with_own_scratch`).
+    H hidden, C context, F candidate numbers, K most candidates; all float32 and C-contiguous. The last five are
+    working memory: threads that run at the same time need one struct each (`with_own_scratch`).
     """
 
     candidate_w: np.ndarray  # (F, H)
@@ -47,7 +45,11 @@ class DeepSetsWeights(NamedTuple):
     value_w: np.ndarray  # (H,)
     value_b: np.ndarray  # (1,)
     clip: np.ndarray  # (1,)
-    scratch: np.ndarray  # (max_candidates + NUM_VECTORS, C + 2H) — embeddings of the live rows, then vectors
+    live: np.ndarray  # (K, F) candidates that may be chosen
+    inner: np.ndarray  # (K, H)
+    rows: np.ndarray  # (K, H) their embeddings
+    pooled: np.ndarray  # (C + 2H,) context, mean, max
+    vectors: np.ndarray  # (4, H)
 
 
 def pack_weights(network: PointerNetwork, max_candidates: int = 256) -> DeepSetsWeights:
@@ -98,194 +100,154 @@ def pack_weights(network: PointerNetwork, max_candidates: int = 256) -> DeepSets
         "value_w": state["value.weight"][0],
         "value_b": bias("value"),
         "clip": np.array([network.config["clip"]]),
-        "scratch": np.zeros((max_candidates + NUM_VECTORS, context_size + 2 * hidden)),
+        "live": np.zeros((max_candidates, network.config["candidate_size"])),
+        "inner": np.zeros((max_candidates, hidden)),
+        "rows": np.zeros((max_candidates, hidden)),
+        "pooled": np.zeros(context_size + 2 * hidden),
+        "vectors": np.zeros((4, hidden)),
     }
     return DeepSetsWeights(**{name: np.ascontiguousarray(array, np.float32) for name, array in packed.items()})
 
 
 def with_own_scratch(weights: DeepSetsWeights) -> DeepSetsWeights:
     """The same weights with working memory of their own, for another thread."""
-    return weights._replace(scratch=np.zeros_like(weights.scratch))
+    scratch = ("live", "inner", "rows", "pooled", "vectors")
+    return weights._replace(**{name: np.zeros_like(getattr(weights, name)) for name in scratch})
 
 
-@njit(cache=True, fastmath=True)
-def _add_product(x, w, num_inputs, out):  # pragma: no cover - compiled
-    """out (H,) += x (I,) @ w (I, H). Four inputs at a time: one load and store of `out` serves four multiply-adds."""
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _add_and_relu(rows, vector):  # pragma: no cover - compiled
+    """rows (N, H) = relu(rows + vector (H,)), in place."""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            rows[i, j] = max(rows[i, j] + vector[j], np.float32(0.0))
+
+
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _affine(x, w, b, out):  # pragma: no cover - compiled
+    """out (H,) = x (I,) @ w (I, H) + b (H,), for a single row: no call of BLAS is worth it."""
     hidden = w.shape[1]
-    i = 0
-    while i + 4 <= num_inputs:
-        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
-        for j in range(hidden):
-            out[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
-        i += 4
-    while i < num_inputs:
-        x0, w0 = x[i], w[i]
-        for j in range(hidden):
-            out[j] += x0 * w0[j]
-        i += 1
-
-
-@njit(cache=True, fastmath=True)
-def _add_products(x, y, w, num_inputs, out_x, out_y):  # pragma: no cover - compiled
-    """Two rows at once, so that each weight is loaded once for both: fills the registers of AVX2 (14 of 16)."""
-    hidden = w.shape[1]
-    i = 0
-    while i + 4 <= num_inputs:
-        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        y0, y1, y2, y3 = y[i], y[i + 1], y[i + 2], y[i + 3]
-        w0, w1, w2, w3 = w[i], w[i + 1], w[i + 2], w[i + 3]
-        for j in range(hidden):
-            a, b, c, d = w0[j], w1[j], w2[j], w3[j]
-            out_x[j] += x0 * a + x1 * b + x2 * c + x3 * d
-            out_y[j] += y0 * a + y1 * b + y2 * c + y3 * d
-        i += 4
-    while i < num_inputs:
-        x0, y0, w0 = x[i], y[i], w[i]
-        for j in range(hidden):
-            out_x[j] += x0 * w0[j]
-            out_y[j] += y0 * w0[j]
-        i += 1
-
-
-@njit(cache=True, fastmath=True)
-def _relu(x, hidden):  # pragma: no cover - compiled
     for j in range(hidden):
+        out[j] = b[j]
+    i, whole = 0, x.shape[0] // 4 * 4
+    while i < whole:
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for j in range(hidden):
+            out[j] += x0 * w[i, j] + x1 * w[i + 1, j] + x2 * w[i + 2, j] + x3 * w[i + 3, j]
+        i += 4
+    for i in range(whole, x.shape[0]):
+        x0 = x[i]
+        for j in range(hidden):
+            out[j] += x0 * w[i, j]
+
+
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _relu(x):  # pragma: no cover - compiled
+    for j in range(x.shape[0]):
         x[j] = max(x[j], np.float32(0.0))
 
 
-@njit(cache=True, fastmath=True)
-def _relu_pool(row, mean, highest, hidden):  # pragma: no cover - compiled
-    for j in range(hidden):
-        row[j] = max(row[j], np.float32(0.0))
-    for j in range(hidden):
-        mean[j] += row[j]
-    for j in range(hidden):
-        highest[j] = max(highest[j], row[j])
+# Compiled at import, by its signature: np.dot counts references, and a caller that does not would pass that on.
+@njit("void(float32[:, ::1], int64, float32[:, ::1], float32[:, ::1])", cache=True)
+def _product(rows, num_rows, w, out):  # pragma: no cover - compiled
+    """out (N, H) = rows (N, I) @ w (I, H), of the first `num_rows` rows."""
+    np.dot(rows[:num_rows], w, out[:num_rows])
 
 
-@njit(cache=True, fastmath=True)
-def _score(query, key, hidden):  # pragma: no cover - compiled
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _pool(rows, mean, highest):  # pragma: no cover - compiled
+    """Mean and maximum (H,) over rows (N, H); the rows are not negative."""
+    for j in range(rows.shape[1]):
+        mean[j] = 0.0
+        highest[j] = 0.0
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            mean[j] += rows[i, j]
+            highest[j] = max(highest[j], rows[i, j])
+    scale = np.float32(1.0) / np.float32(max(rows.shape[0], 1))
+    for j in range(rows.shape[1]):
+        mean[j] *= scale
+
+
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _score(query, keys, i):  # pragma: no cover - compiled
+    """query (H,) @ keys[i], keys (N, H)."""
     score = np.float32(0.0)
-    for j in range(hidden):
-        score += query[j] * max(key[j], np.float32(0.0))
+    for j in range(query.shape[0]):
+        score += query[j] * keys[i, j]
     return score
 
 
-@njit(cache=True, fastmath=True)
-def deepsets_logits(weights, context, candidates, mask, logits_out):  # pragma: no cover - compiled
-    """Write the logits of one table and return the value of its state.
-
-    context float32 (C,), candidates float32 (K, F), mask bool (K,), logits_out float32 (K,); masked rows get
-    `MASKED_LOGIT`. Only live rows are computed. Raises ValueError if the scratch memory has too few rows.
-    """
-    num_candidates, hidden = candidates.shape[0], weights.row_w.shape[0]
-    context_size, candidate_size = context.shape[0], candidates.shape[1]
-    scratch = weights.scratch
-    first_vector = scratch.shape[0] - NUM_VECTORS
-    if num_candidates > first_vector:
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _logits(weights, context, candidates, mask, logits_out):  # pragma: no cover - compiled
+    """`deepsets_logits` without the value; leaves the summary of the set in `weights.vectors[2]`."""
+    num_candidates, hidden, context_size = candidates.shape[0], weights.row_w.shape[0], context.shape[0]
+    if num_candidates > weights.live.shape[0]:
         raise ValueError("more candidates than pack_weights(max_candidates=...) allowed for")
-    from_context = scratch[first_vector]
-    inner, other = scratch[first_vector + 1], scratch[first_vector + 2]
-    summary_in = scratch[first_vector + 3]
-    mean, highest = summary_in[context_size:], summary_in[context_size + hidden :]
-    summary = scratch[first_vector + 4]
-    from_set = scratch[first_vector + 5]
-    query = scratch[first_vector + 6]
-
-    for j in range(hidden):
-        from_context[j] = weights.context_b[j]
-        mean[j] = 0.0
-        highest[j] = 0.0
-    _add_product(context, weights.context_w, context_size, from_context)
-
-    num_live, waiting = 0, -1
+    num_live = 0
     for k in range(num_candidates):
-        if not mask[k]:
-            continue
-        if waiting < 0:
-            waiting = k
-            continue
-        row, next_row = scratch[num_live], scratch[num_live + 1]
-        for j in range(hidden):
-            inner[j] = from_context[j]
-            other[j] = from_context[j]
-            row[j] = weights.row_b[j]
-            next_row[j] = weights.row_b[j]
-        _add_products(candidates[waiting], candidates[k], weights.candidate_w, candidate_size, inner, other)
-        _relu(inner, hidden)
-        _relu(other, hidden)
-        _add_products(inner, other, weights.row_w, hidden, row, next_row)
-        _relu_pool(row, mean, highest, hidden)
-        _relu_pool(next_row, mean, highest, hidden)
-        num_live += 2
-        waiting = -1
-    if waiting >= 0:
-        row = scratch[num_live]
-        for j in range(hidden):
-            inner[j] = from_context[j]
-            row[j] = weights.row_b[j]
-        _add_product(candidates[waiting], weights.candidate_w, candidate_size, inner)
-        _relu(inner, hidden)
-        _add_product(inner, weights.row_w, hidden, row)
-        _relu_pool(row, mean, highest, hidden)
-        num_live += 1
+        if mask[k]:
+            for j in range(candidates.shape[1]):
+                weights.live[num_live, j] = candidates[k, j]
+            num_live += 1
+    inner, rows = weights.inner[:num_live], weights.rows[:num_live]
+    vectors = weights.vectors
+    shift, hidden_vector, summary, query = vectors[0], vectors[1], vectors[2], vectors[3]
 
-    scale = np.float32(1.0) / np.float32(max(num_live, 1))
+    _affine(context, weights.context_w, weights.context_b, shift)
+    _product(weights.live, num_live, weights.candidate_w, weights.inner)
+    _add_and_relu(inner, shift)
+    _product(weights.inner, num_live, weights.row_w, weights.rows)
+    _add_and_relu(rows, weights.row_b)
+
+    pooled = weights.pooled
     for i in range(context_size):
-        summary_in[i] = context[i]
-    for j in range(hidden):
-        mean[j] *= scale
-        inner[j] = weights.summary_in_b[j]
-        summary[j] = weights.summary_out_b[j]
-        from_set[j] = weights.key_set_b[j]
-        query[j] = weights.query_b[j]
-    _add_product(summary_in, weights.summary_in_w, context_size + 2 * hidden, inner)
-    _relu(inner, hidden)
-    _add_product(inner, weights.summary_out_w, hidden, summary)
-    _relu(summary, hidden)
-    _add_product(summary, weights.key_set_w, hidden, from_set)
-    _add_product(summary, weights.query_w, hidden, query)
+        pooled[i] = context[i]
+    _pool(rows, pooled[context_size : context_size + hidden], pooled[context_size + hidden :])
+    _affine(pooled, weights.summary_in_w, weights.summary_in_b, hidden_vector)
+    _relu(hidden_vector)
+    _affine(hidden_vector, weights.summary_out_w, weights.summary_out_b, summary)
+    _relu(summary)
 
-    for i in range(0, num_live, 2):
-        for j in range(hidden):
-            inner[j] = from_set[j]
-            other[j] = from_set[j]
-        if i + 1 < num_live:
-            _add_products(scratch[i], scratch[i + 1], weights.key_row_w, hidden, inner, other)
-            scratch[i + 1, 0] = _score(query, other, hidden)  # the embedding has served
-        else:
-            _add_product(scratch[i], weights.key_row_w, hidden, inner)
-        scratch[i, 0] = _score(query, inner, hidden)
-
+    _affine(summary, weights.key_set_w, weights.key_set_b, shift)
+    _affine(summary, weights.query_w, weights.query_b, query)
+    _product(weights.rows, num_live, weights.key_row_w, weights.inner)
+    _add_and_relu(inner, shift)
     clip, i = weights.clip[0], 0
     for k in range(num_candidates):
         if mask[k]:
-            logits_out[k] = clip * np.float32(math.tanh(scratch[i, 0]))
+            logits_out[k] = clip * np.float32(math.tanh(_score(query, inner, i)))
             i += 1
         else:
             logits_out[k] = _MASKED
 
-    for j in range(hidden):
-        inner[j] = weights.value_hidden_b[j]
-    _add_product(summary, weights.value_hidden_w, hidden, inner)
-    value = weights.value_b[0]
-    for j in range(hidden):
-        value += weights.value_w[j] * max(inner[j], np.float32(0.0))
-    return value
+
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def deepsets_logits(weights, context, candidates, mask, logits_out):  # pragma: no cover - compiled
+    """Write the logits of one table and return the value of its state.
+
+    context float32 (C,), candidates float32 (K, F), mask bool (K,), logits_out float32 (K,); masked rows get
+    `MASKED_LOGIT`. Only live rows are computed: they are gathered, and then three products of matrices do most of the
+    work. Raises ValueError if the scratch memory has too few rows.
+    """
+    _logits(weights, context, candidates, mask, logits_out)
+    hidden_vector, summary = weights.vectors[1], weights.vectors[2]
+    _affine(summary, weights.value_hidden_w, weights.value_hidden_b, hidden_vector)
+    _relu(hidden_vector)
+    return weights.value_b[0] + _score(weights.value_w, weights.vectors, 1)
 
 
-@njit(cache=True)
+@njit_borrowed
 def deepsets_batch(weights, context, candidates, mask, logits_out, values_out):  # pragma: no cover - compiled
     """`deepsets_logits` of B tables: arguments with a leading axis B, and values_out float32 (B,)."""
     for b in range(context.shape[0]):
         values_out[b] = deepsets_logits(weights, context[b], candidates[b], mask[b], logits_out[b])
 
 
-@njit(cache=True)
+@njit_borrowed
 def deepsets_choose(weights, context, candidates, mask, logits_out):  # pragma: no cover - compiled
     """Index of the best live row, the first of equals; -1 if every row is masked. Arguments as `deepsets_logits`."""
-    deepsets_logits(weights, context, candidates, mask, logits_out)
+    _logits(weights, context, candidates, mask, logits_out)
     best = -1
     for k in range(mask.shape[0]):
         if mask[k] and (best < 0 or logits_out[k] > logits_out[best]):

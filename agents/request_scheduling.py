@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from ..envs.core.kernel import entry_point, njit_borrowed
 from ..envs.request_scheduling.sim import (
     Sim,
     Simulator,
@@ -53,7 +54,7 @@ def empty_view(num_candidates: int) -> View:
     )
 
 
-@njit(cache=True)
+@njit_borrowed
 def decide_compiled(
     state: State, problem: Problem, table: Table, weights: DeepSetsWeights, view: View, decision: Decision
 ) -> bool:
@@ -103,13 +104,18 @@ class CompiledPolicy:
         self.problem = Problem.of(spec)
         self.table = empty_table(spec.num_candidates)
         self.view = empty_view(spec.num_candidates)
+        self._entry: Callable | None = None
 
     def reset(self, state: State) -> None:
         """Nothing is remembered from run to run."""
+        self._entry = None
 
     def decide(self, state: State, decision: Decision) -> None:
         """Write the decision for `state` into `decision`."""
-        if not decide_compiled(state, self.problem, self.table, self.weights, self.view, decision):
+        arguments = (state, self.problem, self.table, self.weights, self.view, decision)
+        if self._entry is None:
+            self._entry = entry_point(decide_compiled, *arguments)
+        if not self._entry(*arguments):
             raise ValueError(f"policy {self.name!r}: logits are not finite")
 
     def run(self, simulator: Simulator) -> None:
