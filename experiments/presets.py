@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from ..envs.request_scheduling.rule import Rule
 from ..envs.request_scheduling.sim import Simulator
 from ..envs.request_scheduling.table import FEATURE_VERSION
 from .cells import Cell, all_cells
-from .engine_cells import engine_cells
+from .engine_cells import engine_cells, hf_cpu_cost
 from .headroom import gain_of, score
 from .policies import ENV_ID
-from .scenario import build_scenario
+from .scenario import HF_LENGTH_SCALE, build_scenario
 from .teachers import load_teachers
 
 if TYPE_CHECKING:
@@ -64,14 +65,18 @@ def imitation(
 
 
 def tiny(seed: int, data_dir: DataDir) -> Recipe:
-    """Imitate SRPT on the training part of azure_conv, then a little PPO: to see that everything works."""
+    """Imitate SRPT on the training part of azure_conv, at full size and on the small engine, then a little PPO."""
     from ..agents.train import TrainConfig
 
-    scenario = build_scenario("azure_conv", load=1.0, requests=2000, data_dir=data_dir)
-    windows = scenario.training_windows(2)
-    tasks = [Task(scenario.spec, window.scale_time(1 / load)) for load in (0.9, 1.1, 1.3) for window in windows]
+    srpt = RULES["srpt"]
+    small_srpt = srpt.with_params(srpt.params[0], srpt.params[1] / HF_LENGTH_SCALE, *srpt.params[2:])
+    tasks, rules = [], []
+    for cost, rule in ((None, srpt), (hf_cpu_cost(), small_srpt)):
+        scenario = build_scenario("azure_conv", load=1.0, requests=2000, cost=cost, data_dir=data_dir)
+        for load, window in itertools.product((0.9, 1.1, 1.3), scenario.training_windows(2)):
+            tasks.append(Task(scenario.spec, window.scale_time(1 / load)))
+            rules.append(rule)
     source = tasks[0].workload.source
-    rules = [RULES["srpt"]] * len(tasks)
 
     make_env, teacher = imitation(tasks, rules, episode_requests=500)
     config = TrainConfig(
