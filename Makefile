@@ -59,7 +59,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.torch
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[exact,test]'
 	@touch $@
 
 # The package is called schedlab whatever this folder is called; mypy finds modules by path, so it gets a path.

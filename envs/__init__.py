@@ -14,3 +14,13 @@ register(
     entry_point="schedlab.envs.request_scheduling.env:RequestSchedulingEnv",
     vector_entry_point="schedlab.envs.request_scheduling.env:RequestSchedulingVectorEnv",
 )
+register(
+    id="schedlab/ExpertCaching-v0",
+    entry_point="schedlab.envs.expert_caching.env:ExpertCachingEnv",
+    vector_entry_point="schedlab.envs.expert_caching.env:ExpertCachingVectorEnv",
+)
+register(
+    id="schedlab/ExpertPlacement-v0",
+    entry_point="schedlab.envs.expert_caching.placement:ExpertPlacementEnv",
+    vector_entry_point="schedlab.envs.expert_caching.placement:ExpertPlacementVectorEnv",
+)

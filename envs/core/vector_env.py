@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -10,15 +10,33 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 
-def pointer_observation_space(context: int, rows: int, columns: int) -> spaces.Dict:
-    """The Dict space of one env: context (C,), candidates (K, F) and action_mask (K,)."""
-    return spaces.Dict(
-        {
-            "context": spaces.Box(-np.inf, np.inf, (context,), np.float32),
-            "candidates": spaces.Box(-np.inf, np.inf, (rows, columns), np.float32),
-            "action_mask": spaces.Box(0, 1, (rows,), np.bool_),
+class GraphSize(NamedTuple):
+    """Limits of a graph observation."""
+
+    nodes: int
+    columns: int
+    """Features of a node."""
+    edges: int
+    edge_types: int
+
+
+def pointer_observation_space(context: int, rows: int, columns: int, graph: GraphSize | None = None) -> spaces.Dict:
+    """The Dict space of one env: context (C,), candidates (K, F) and action_mask (K,); with a graph, its arrays too."""
+    arrays: dict[str, spaces.Space] = {
+        "context": spaces.Box(-np.inf, np.inf, (context,), np.float32),
+        "candidates": spaces.Box(-np.inf, np.inf, (rows, columns), np.float32),
+        "action_mask": spaces.Box(0, 1, (rows,), np.bool_),
+    }
+    if graph is not None:
+        masks: spaces.Space = spaces.Box(0, 1, (graph.edges,), np.bool_)
+        arrays |= {
+            "nodes": spaces.Box(-np.inf, np.inf, (graph.nodes, graph.columns), np.float32),
+            "edges": spaces.Box(0, graph.nodes - 1, (2, graph.edges), np.int32),
+            "edge_type": spaces.Box(0, graph.edge_types - 1, (graph.edges,), np.int32),
+            "edge_mask": masks,
+            "candidate_node": spaces.Box(-1, graph.nodes - 1, (rows,), np.int32),
         }
-    )
+    return spaces.Dict(arrays)
 
 
 class PointerVectorEnv(VectorEnv):
@@ -26,7 +44,9 @@ class PointerVectorEnv(VectorEnv):
 
     ACTION: int (N,), the row chosen in each env; rows where `action_mask` is False are illegal.
     OBSERVATION: dict of `context` float32 (N, C), `candidates` float32 (N, K, F), `action_mask` bool (N, K); rows of
-    candidates beyond the live count are zero. Sizes are limits, not shapes that a policy may memorise.
+    candidates beyond the live count are zero. With a graph also `nodes` float32 (N, V, Fn), `edges` int32 (N, 2, E)
+    from node to node, `edge_type` int32 (N, E), `edge_mask` bool (N, E), and `candidate_node` int32 (N, K), the node
+    that a row is about, -1 for none. Sizes are limits, not shapes that a policy may memorise.
     AUTORESET: SAME_STEP. The observation after a last step is the first one of the next episode; the last one is in
     `info["final_obs"]`, with the mask `info["_final_obs"]` telling which envs ended.
     SEEDING: env i of `reset(seed=s)` draws its episodes from (s + i), so a trajectory depends on its seed alone and not
@@ -34,22 +54,40 @@ class PointerVectorEnv(VectorEnv):
     ILLEGAL ACTIONS: raise ValueError if `debug`, else they are counted in `num_illegal_actions` and the first legal row
     is taken instead, and `info["illegal_action"]` marks where.
 
-    A subclass fills `self.context`, `self.candidates`, `self.action_mask` (its views, allocated here) in `_reset_envs`
-    and `_step_envs`.
+    A subclass fills `self.context`, `self.candidates`, `self.action_mask`, and the arrays in `self.graph` if it has one
+    (all allocated here), in `_reset_envs` and `_step_envs`.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
 
-    def __init__(self, num_envs: int, context: int, rows: int, columns: int, *, debug: bool = False) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        context: int,
+        rows: int,
+        columns: int,
+        *,
+        graph: GraphSize | None = None,
+        debug: bool = False,
+    ) -> None:
         self.num_envs = num_envs
         self.debug = debug
-        self.single_observation_space = pointer_observation_space(context, rows, columns)
+        self.single_observation_space = pointer_observation_space(context, rows, columns, graph)
         self.single_action_space = spaces.Discrete(rows)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.context = np.zeros((num_envs, context), np.float32)
         self.candidates = np.zeros((num_envs, rows, columns), np.float32)
         self.action_mask = np.zeros((num_envs, rows), np.bool_)
+        self.graph: dict[str, np.ndarray] = {}
+        if graph is not None:
+            self.graph = {
+                "nodes": np.zeros((num_envs, graph.nodes, graph.columns), np.float32),
+                "edges": np.zeros((num_envs, 2, graph.edges), np.int32),
+                "edge_type": np.zeros((num_envs, graph.edges), np.int32),
+                "edge_mask": np.zeros((num_envs, graph.edges), np.bool_),
+                "candidate_node": np.full((num_envs, rows), -1, np.int32),
+            }
         self.num_illegal_actions = 0
         self._rngs: list[np.random.Generator] = []
 
@@ -102,6 +140,7 @@ class PointerVectorEnv(VectorEnv):
             "context": self.context.copy(),
             "candidates": self.candidates.copy(),
             "action_mask": self.action_mask.copy(),
+            **{name: array.copy() for name, array in self.graph.items()},
         }
 
     def action_masks(self) -> np.ndarray:
