@@ -73,6 +73,8 @@ class GuardedPolicy:
     with its own copies, which nobody reads any more. A policy that never gives back Python's global lock (a compiled
     endless loop) cannot be bounded this way.
 
+    What belongs to request scheduling stands in the methods below `report`; `experts_guard.py` has those of caches.
+
     Args:
         policy: what decides.
         time_budget_s: wall seconds for one decision. None: decide in the caller's thread, with no protection
@@ -85,6 +87,9 @@ class GuardedPolicy:
         decision_wall_s, decision_cpu_s: seconds of every decision that came back (wall; CPU of its thread).
         is_fallback: True once the policy hung, or failed to reset: the default decides for the rest of the run.
     """
+
+    default_name = "first come first served"
+    """What decides instead of a policy that failed, in warnings."""
 
     def __init__(
         self,
@@ -113,8 +118,7 @@ class GuardedPolicy:
 
     def reset(self, state: State) -> None:
         """Start a new run: the policy gets another chance, unless it still hangs."""
-        self._snapshot = empty_state(len(state.requests))
-        self._private = empty_decision(len(state.requests))
+        self._snapshot, self._private = self._allocate(state)
         self.is_fallback = self._worker is not None and self._worker.is_busy
         if not self.is_fallback:
             self._copy(state)
@@ -129,7 +133,7 @@ class GuardedPolicy:
             return
         self._copy(state)
         snapshot, private = self._snapshot, self._private
-        reset_decision(snapshot, private)
+        self._clear()
         seconds: list[float] = []
 
         def timed_decide() -> None:
@@ -143,14 +147,11 @@ class GuardedPolicy:
         self._is_warm = True
         self.decision_wall_s.append(seconds[0])
         self.decision_cpu_s.append(seconds[1])
-        problem = problem_with(state, private)
+        problem = self._problem(state)
         if problem is not None:
             self._fail("invalid", problem)
-            return
-        levers = private.levers[0]
-        decision.levers[0] = levers
-        decision.order[: levers["num_order"]] = private.order[: levers["num_order"]]
-        decision.preempt[: levers["num_preempt"]] = private.preempt[: levers["num_preempt"]]
+        else:
+            self._accept(decision)
 
     def report(self) -> dict[str, float]:
         """Decisions, failures by kind, and P50 and P99 of the seconds of a decision."""
@@ -163,7 +164,26 @@ class GuardedPolicy:
                 )
         return row
 
-    def _copy(self, state: State) -> None:
+    def _allocate(self, state: Any) -> tuple[Any, Any]:
+        """A state and a decision of our own, of the size of `state`."""
+        return empty_state(len(state.requests)), empty_decision(len(state.requests))
+
+    def _clear(self) -> None:
+        """Fill our decision with the default of our state."""
+        reset_decision(self._snapshot, self._private)
+
+    def _problem(self, state: Any) -> str | None:
+        """What is wrong with our decision in `state`, or None."""
+        return problem_with(state, self._private)
+
+    def _accept(self, decision: Any) -> None:
+        """Write our decision into the backend's."""
+        levers = self._private.levers[0]
+        decision.levers[0] = levers
+        decision.order[: levers["num_order"]] = self._private.order[: levers["num_order"]]
+        decision.preempt[: levers["num_preempt"]] = self._private.preempt[: levers["num_preempt"]]
+
+    def _copy(self, state: Any) -> None:
         """Bring the snapshot up to date: the rows of requests that have arrived, and the live parts of the lists."""
         engine = state.engine[0]
         arrived = int(engine["num_arrived"])
@@ -197,7 +217,7 @@ class GuardedPolicy:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"policy {self.name!r} failed ({kind}: {message}): first come first served instead; "
+                f"policy {self.name!r} failed ({kind}: {message}): {self.default_name} instead; "
                 "further failures are only counted",
                 RuntimeWarning,
                 stacklevel=5,

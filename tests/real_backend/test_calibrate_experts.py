@@ -1,0 +1,127 @@
+"""Calibration of the expert engine recovers a known cost, and writes a file that the simulator reads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from schedlab.envs.core.errors import InputError
+from schedlab.envs.expert_caching.sim import Simulator
+from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
+from schedlab.envs.expert_caching.workload import generate
+from schedlab.real_backend.calibrate_experts import (
+    Epochs,
+    calibrate_experts,
+    compare,
+    epochs_of,
+    errors_of,
+    fit_line,
+    fit_times,
+    serve,
+    write_cost,
+)
+from schedlab.real_backend.experts import OffloadedModel, record_routing, unmeasured_cost
+from schedlab.real_backend.experts_model import build_olmoe
+
+COST = CostModel(
+    "known",
+    attention_s=5e-4,
+    attention_token_s=2e-4,
+    expert_s=6e-5,
+    expert_token_s=2e-5,
+    step_s=3e-4,
+    expert_bytes=1 << 20,
+    chunk_bytes=1 << 18,
+    chunk_latency_s=2e-5,
+    bandwidth=1e9,
+)
+COMPUTATIONS = {rows: [COST.expert_s + COST.expert_token_s * rows] * 3 for rows in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = OffloadedModel(
+        build_olmoe(hidden=32, intermediate=64, layers=2, experts=8, top_k=2, heads=2, kv_heads=1, vocab=64),
+        folder=Path(__file__).parent,
+    )
+    yield model
+    model.close()
+
+
+def simulated_epochs():
+    work = generate(24, num_layers=3, num_experts=8, top_k=2, mean_length=40, seed=2)
+    runs = []
+    for batch in (1, 3):
+        for share in (0.75, 1.0):
+            simulator = Simulator(ExpertCachingSpec(COST, cache_share=share, num_sequences=batch))
+            simulator.reset(work)
+            serve(simulator)
+            runs.append(epochs_of(simulator.timeline(), work.top_k))
+    return Epochs(*(np.concatenate(columns) for columns in zip(*runs, strict=True)))
+
+
+def test_fit_recovers_the_cost_of_simulated_runs():
+    epochs = simulated_epochs()
+    assert (epochs.misses > 1).any() and (epochs.next_tokens == 3).any()
+    reads = {size: [COST.chunk_latency_s + size / COST.bandwidth] * 3 for size in (1 << 16, 1 << 17, 1 << 18)}
+    base = replace(COST, attention_s=1.0, expert_s=1.0, bandwidth=1.0, chunk_latency_s=1.0)
+    fitted = fit_times(epochs, base, COMPUTATIONS, reads)
+    for name in ("attention_s", "attention_token_s", "step_s", "expert_s", "expert_token_s", "bandwidth"):
+        assert getattr(fitted, name) == pytest.approx(getattr(COST, name), rel=1e-4), name
+    # in a batch experts differ in their uses; the fit takes each for the mean of its layer
+    assert fitted.load_s == pytest.approx(COST.load_s, rel=0.01)
+    assert fitted.chunk_latency_s == pytest.approx(COST.chunk_latency_s, rel=0.1)
+    for figures in errors_of(fitted, epochs).values():
+        assert abs(figures["mean"]) < 1e-4 and figures["median"] < 0.02
+
+
+def test_loads_faster_than_the_reads_say_raise_the_bandwidth():
+    """A bandwidth that alone takes longer than the stalls allow cannot be: no negative latency makes up for it."""
+    slow = {size: [size / 1e8] for size in (1 << 16, 1 << 18)}
+    fitted = fit_times(simulated_epochs(), COST, COMPUTATIONS, slow)
+    assert fitted.chunk_latency_s == pytest.approx(0.0, abs=1e-9)
+    assert fitted.load_s == pytest.approx(COST.load_s, rel=0.01)
+
+
+def test_line_through_medians_is_never_negative():
+    assert fit_line({1: [3.0, 99.0, 3.0], 2: [5.0], 4: [9.0, 9.0]}) == pytest.approx((1.0, 2.0))
+    assert fit_line({1: [4.0], 2: [2.0]})[1] == 0.0
+    assert fit_line({1: [1.0], 2: [9.0]})[0] == 0.0
+
+
+def test_calibration_writes_what_the_simulator_reads(model, tmp_path):
+    rng = np.random.default_rng(0)
+    work = record_routing(model, rng.integers(0, 64, (4, 60)).tolist(), name="noise")
+    cost, report = calibrate_experts(model, work, tokens=160, num_sequences=(1, 2), chunk_bytes=4096)
+    assert cost.expert_bytes == model.expert_bytes and cost.chunks == 6 and cost.load_s > 0
+    assert cost.attention_s + cost.attention_token_s + cost.expert_s + cost.expert_token_s > 0
+    assert set(report["held_out"]) == {"layer", "stall"} and report["machine"]["device"] in cost.source
+    path = tmp_path / "new" / "experts.json"
+    write_cost(path, cost, report)
+    assert CostModel.load(path) == cost
+    assert json.loads(path.read_text())["report"] == json.loads(json.dumps(report))
+    assert [p.name for p in path.parent.iterdir()] == ["experts.json"]
+    with pytest.raises(TypeError):
+        write_cost(path, cost, {"not json": object()})
+    assert CostModel.load(path) == cost and [p.name for p in path.parent.iterdir()] == ["experts.json"]
+
+
+def test_compare_runs_both(model):
+    rng = np.random.default_rng(0)
+    work = record_routing(model, rng.integers(0, 64, (2, 20)).tolist(), name="noise")
+    specs = [ExpertCachingSpec(cache_share=share) for share in (0.25, 1.0)]
+    rows = compare(model, work, unmeasured_cost(model), [None], specs, num_repeats=2)
+    assert [row["cache_share"] for row in rows] == [0.25, 1.0] and {row["policy"] for row in rows} == {"lru"}
+    for row in rows:
+        assert row["measured_s"] > 0 and row["error"] == pytest.approx(row["simulated_s"] / row["measured_s"] - 1)
+    assert rows[0]["simulated_s"] > rows[1]["simulated_s"]
+
+
+def test_too_little_to_measure_is_refused(model):
+    work = generate(2, num_layers=2, num_experts=8, top_k=2)
+    with pytest.raises(InputError, match="10 tokens are too few"):
+        calibrate_experts(model, work, tokens=10)
