@@ -1,0 +1,455 @@
+"""The learned eviction score: features, network, compiled twin, causality, training, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+
+from schedlab.agents.expert_caching import (
+    LearnedEviction,
+    load_eviction,
+    new_memory,
+    observe,
+    pack_eviction,
+    prepare_scores,
+    save_eviction,
+    score_expert,
+)
+from schedlab.agents.expert_caching_features import (
+    AGE,
+    CONTEXT_DECAY,
+    CONTEXT_WEIGHT,
+    COPY_DISCOUNTS,
+    DECAYS,
+    FLOOR,
+    IN_SEQUENCE,
+    NUM_COPIES,
+    NUM_FEATURES,
+    SHARPNESS,
+    WINDOW,
+    begin_token,
+    copy_future,
+    empty_stream,
+    observe_layer,
+)
+from schedlab.agents.expert_caching_network import DISCOUNTS, EvictionNetwork, scan
+from schedlab.agents.expert_caching_train import (
+    EvictionTraining,
+    begin_counts,
+    eviction_loss,
+    next_use_targets,
+    prepare_trace,
+    read_chunk,
+    train_eviction,
+)
+from schedlab.envs.core.errors import InputError
+from schedlab.envs.expert_caching.sim import Simulator
+from schedlab.envs.expert_caching.spec import ExpertCachingSpec
+from schedlab.envs.expert_caching.workload import Workload, find_routing
+
+LAYERS, EXPERTS, K = 3, 16, 2
+SMALL = EvictionTraining(
+    steps=6, num_streams=4, chunk_tokens=8, layers_per_step=2, width=16, hidden=8, checkpoint_every=3
+)
+
+
+def random_workload(seed: int, lengths: tuple[int, ...] = (37, 5, 60, 1, 80), experts: int = EXPERTS) -> Workload:
+    """Routing in which tokens of one of six kinds follow each other, with some noise: there is something to learn."""
+    rng = np.random.default_rng(seed)
+    favourites = np.argsort(np.random.default_rng(99).random((6, LAYERS, experts)), 2)[:, :, :K]
+    tokens = sum(lengths)
+    kinds = np.cumsum(rng.random(tokens) < 0.9) % 6
+    noisy = np.argsort(rng.random((tokens, LAYERS, experts)), 2)[:, :, :K]
+    routing = np.where(rng.random((tokens, LAYERS, 1)) < 0.85, favourites[kinds], noisy)
+    return Workload.from_arrays("kinds", routing, lengths, num_experts=experts)
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return random_workload(0)
+
+
+@pytest.fixture(scope="module")
+def network() -> EvictionNetwork:
+    torch.manual_seed(3)
+    return EvictionNetwork(LAYERS, EXPERTS, width=16, hidden=8).eval()
+
+
+@pytest.fixture
+def policy(network) -> LearnedEviction:
+    return LearnedEviction("learned", pack_eviction(network), K)
+
+
+def streamed(weights, workload: Workload) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (T, L, E, O) of all experts and feature tables (T, L, F, E), token by token."""
+    memory = new_memory(weights, 1, K, 1)
+    logits = np.zeros((workload.num_tokens, LAYERS, EXPERTS, len(DISCOUNTS)), np.float32)
+    tables = np.zeros((workload.num_tokens, LAYERS, NUM_FEATURES, EXPERTS), np.float32)
+    for t in range(workload.num_tokens):
+        for layer in range(LAYERS):
+            used = workload.experts[t, layer]
+            observe(weights, memory, 0, layer, workload.token_position[t], used)
+            prepare_scores(weights, memory, 0, layer, used)
+            tables[t, layer] = memory.table
+            for e in range(EXPERTS):
+                score_expert(weights, memory, layer, e)
+                logits[t, layer, e] = memory.logits
+    return logits, tables
+
+
+# ------------------------------------------------------------------------------------------------- the features
+
+
+def logarithm(x):
+    """What `log_scale` approximates."""
+    return (np.log2(x) + 5.0) / 4.0
+
+
+def test_frequencies_age_and_share_are_what_they_say(workload, policy):
+    _, tables = streamed(policy.weights, workload)
+    used = np.zeros((workload.num_tokens, LAYERS, EXPERTS), bool)
+    np.put_along_axis(used, workload.experts.astype(int), True, 2)
+    position = workload.token_position
+    for t, layer, e in [(0, 0, 1), (20, 2, 5), (36, 1, 0), (37, 0, 3), (41, 2, 7), (182, 1, 11)]:
+        back = np.arange(t, -1, -1)
+        for g, decay in enumerate(DECAYS):
+            expected = (1 - decay) * (used[: t + 1, layer, e] * decay**back).sum() + FLOOR
+            assert tables[t, layer, g, e] == pytest.approx(logarithm(expected), abs=0.03)
+        count = used[t - position[t] : t + 1, layer, e].sum()
+        assert tables[t, layer, IN_SEQUENCE, e] == pytest.approx(logarithm(count / (position[t] + 9) + FLOOR), abs=0.03)
+        last = np.flatnonzero(used[: t + 1, layer, e])
+        if len(last):
+            expected = 1 / (t - last[-1] + 1) + 2 * FLOOR
+            assert tables[t, layer, AGE, e] == pytest.approx(logarithm(expected), abs=0.03)
+
+
+def plain_copies(workload: Workload, t: int, layer: int) -> tuple[np.ndarray, float]:
+    """`copy_future` by its definition."""
+    sets = [[set(row.tolist()) for row in token] for token in workload.experts]
+
+    def overlap(a: int, b: int, layers: int) -> int:
+        return sum(len(sets[a][m] & sets[b][m]) for m in range(layers))
+
+    similarity = {}
+    for s in range(max(0, t - WINDOW + 1), t):
+        before = sum(
+            float(CONTEXT_DECAY) ** (j - 1) * overlap(t - j, s - j, LAYERS) for j in range(1, s + 1) if s - j >= 0
+        )
+        most = K * (layer + 1 + CONTEXT_WEIGHT * LAYERS / (1 - CONTEXT_DECAY))
+        similarity[s] = (overlap(t, s, layer + 1) + CONTEXT_WEIGHT * before) / most
+    best = max(similarity.values())
+    weight = {s: np.exp(SHARPNESS * (x - best)) for s, x in similarity.items()}
+    total = sum(weight.values())
+    out = np.zeros((NUM_COPIES, EXPERTS))
+    for s, w in weight.items():
+        for g, discount in enumerate(COPY_DISCOUNTS.astype(float)):
+            for follower in range(s + 1, t):
+                for e in sets[follower][layer]:
+                    out[g, e] += w / total * (1 - discount) * discount ** (follower - s - 1)
+    return out, best
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, 100], ids=["one word", "two words"])
+def test_copies_are_what_followed_similar_tokens(experts):
+    workload = random_workload(4, (60, 30), experts)
+    stream, copied = empty_stream(LAYERS, experts, K), np.zeros((NUM_COPIES, experts), np.float32)
+    for t in range(workload.num_tokens):
+        begin_token(stream, workload.token_position[t])
+        for layer in range(LAYERS):
+            observe_layer(stream, layer, workload.experts[t, layer])
+            best = copy_future(stream, layer, copied)
+            if experts == EXPERTS and t in (1, 2, 17, 60, 89):
+                expected, expected_best = plain_copies(workload, t, layer)
+                assert best == pytest.approx(expected_best, abs=1e-5)
+                read = 2.0 ** (4.0 * copied - 5.0) - FLOOR
+                np.testing.assert_allclose(read, expected, atol=0.07)  # log_scale is within 6%, plus what is negligible
+    masks = stream.masks[:, :, : workload.num_tokens]
+    bits = [[{w * 64 + b for w in range(masks.shape[1]) for b in range(64) if int(masks[m, w, t]) >> b & 1}
+             for m in range(LAYERS)] for t in range(workload.num_tokens)]  # fmt: skip
+    assert bits == [[set(row.tolist()) for row in token] for token in workload.experts]
+
+
+def test_the_ring_forgets_what_is_older_than_the_window():
+    stream = empty_stream(1, 8, 1)
+    copied = np.zeros((NUM_COPIES, 8), np.float32)
+    tokens = [0, 1] + [2, 3] * (WINDOW // 2 - 1) + [0]  # the first token is WINDOW tokens back: out of reach
+    for t, e in enumerate(tokens):
+        begin_token(stream, t)
+        observe_layer(stream, 0, np.array([e], np.int16))
+        best = copy_future(stream, 0, copied)
+    assert best < 0.5  # nothing in reach shares an expert with the present token
+    begin_token(stream, len(tokens))
+    observe_layer(stream, 0, np.array([2], np.int16))
+    assert copy_future(stream, 0, copied) > 0.5
+    assert copied[0].argmax() == 3
+
+
+# -------------------------------------------------------------------------------------------------- the network
+
+
+def test_scan_is_the_recurrence():
+    keep, value = torch.rand(2, 13, 3), torch.randn(2, 13, 3)
+    h, expected = torch.zeros(2, 3), []
+    for t in range(13):
+        h = keep[:, t] * h + value[:, t]
+        expected.append(h)
+    torch.testing.assert_close(scan(keep, value), torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("chunk", [183, 20])
+def test_kernel_equals_torch(workload, network, policy, chunk):
+    logits, tables = streamed(policy.weights, workload)
+    features = torch.from_numpy(tables).permute(1, 2, 0, 3)  # (L, F, T, E)
+    used = torch.zeros(1, workload.num_tokens, LAYERS, EXPERTS)
+    used.scatter_(3, torch.from_numpy(workload.experts.astype(np.int64))[None], 1.0)
+    begins = torch.from_numpy(workload.token_position == 0)[None]
+    recurrence, out = network.begin(1), []
+    with torch.no_grad():
+        for a in range(0, workload.num_tokens, chunk):
+            b = min(a + chunk, workload.num_tokens)
+            flat = features[:, :, a:b].reshape(LAYERS, NUM_FEATURES, -1)
+            result, recurrence = network(used[:, a:b], begins[:, a:b], recurrence, range(LAYERS), flat)
+            out.append(result.view(LAYERS, len(DISCOUNTS), b - a, EXPERTS).permute(2, 0, 3, 1))
+    torch.testing.assert_close(torch.from_numpy(logits), torch.cat(out), atol=2e-4, rtol=1e-4)
+    some = network(used, begins, network.begin(1), [1], features[1:2].flatten(2))[0]
+    torch.testing.assert_close(
+        some.view(len(DISCOUNTS), -1, EXPERTS).permute(1, 2, 0), torch.cat(out)[:, 1], atol=2e-4, rtol=1e-4
+    )
+
+
+def test_training_reads_what_deployment_reads(workload, policy):
+    """The tables of training are those of the kernel, but for the copies, which are stored in 256 steps."""
+    _, tables = streamed(policy.weights, workload)
+    trace = prepare_trace(workload)
+    counts = begin_counts(trace, np.zeros(1, np.int64))
+    for first in (0, 100):
+        *_, features = read_chunk(trace, counts, 100 if first == 0 else 83, np.array([0, 2]))
+        expected = tables[first : first + 100, [0, 2]].transpose(1, 2, 0, 3)
+        np.testing.assert_allclose(features.view(2, NUM_FEATURES, -1, EXPERTS), expected, atol=0.006)
+
+
+# ---------------------------------------------------------------------------------------------------- causality
+
+
+def decisions(policy: LearnedEviction, workload: Workload, share: float = 0.5) -> list[np.ndarray]:
+    """Scores of the layer and victims in every epoch."""
+    simulator = Simulator(ExpertCachingSpec(cache_share=share, eviction_only=True))
+    simulator.reset(workload)
+    state = simulator.state()
+    policy.reset(state)
+    seen, done = [], False
+    while not done:
+        decision = simulator.default_decision()
+        policy.decide(state, decision)
+        layer, missing = state.engine[0]["layer"], state.engine[0]["num_missing"]
+        seen.append(np.concatenate([policy.memory.scores[layer], decision.victims[:missing]]))
+        done = simulator.step(decision).done
+    return seen
+
+
+@pytest.mark.parametrize(("token", "layer"), [(30, 0), (36, 1), (37, 0), (101, 1), (150, 2)])
+def test_no_score_changes_with_the_future_or_higher_layers(workload, policy, token, layer):
+    now = token * LAYERS + layer
+    other = random_workload(17).experts
+    routing = workload.experts.copy()
+    routing[token + 1 :] = other[token + 1 :]
+    routing[token, layer + 1 :] = other[token, layer + 1 :]
+    changed = Workload.from_arrays("changed", routing, workload.lengths, num_experts=EXPERTS)
+    before, after = decisions(policy, workload), decisions(policy, changed)
+    for a, b in zip(before[: now + 1], after[: now + 1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(before[now + 1 :], after[now + 1 :], strict=True))
+
+
+def test_torch_scores_do_not_change_with_the_future_or_higher_layers(workload, network):
+    token, layer = 101, 1
+    routing = workload.experts.copy()
+    routing[token + 1 :] = random_workload(17).experts[token + 1 :]
+    routing[token, layer + 1 :] = random_workload(17).experts[token, layer + 1 :]
+    changed = Workload.from_arrays("changed", routing, workload.lengths, num_experts=EXPERTS)
+    logits = []
+    for one in (workload, changed):
+        trace = prepare_trace(one)
+        counts = begin_counts(trace, np.zeros(1, np.int64))
+        _, used, begins, features = read_chunk(trace, counts, one.num_tokens, np.arange(LAYERS))
+        with torch.no_grad():
+            out = network(used, begins, network.begin(1), range(LAYERS), features)[0]
+        logits.append(out.view(LAYERS, len(DISCOUNTS), -1, EXPERTS))
+    torch.testing.assert_close(logits[0][:, :, :token], logits[1][:, :, :token])
+    torch.testing.assert_close(logits[0][: layer + 1, :, token], logits[1][: layer + 1, :, token])
+    assert (logits[0][layer + 1, :, token] - logits[1][layer + 1, :, token]).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------- the policy
+
+
+def test_every_row_of_the_batch_has_its_own_stream(policy):
+    """Two interleaved sequences leave the same streams as one after the other, and all decisions are legal."""
+    workload = random_workload(5, (40, 40))
+    simulator = Simulator(ExpertCachingSpec(cache_share=0.5, num_sequences=2, eviction_only=True))
+    simulator.reset(workload)
+    policy.run(simulator)
+    assert simulator.state().engine[0]["num_illegal"] == 0
+    hidden = policy.memory.hidden.copy()
+    for b in (0, 1):
+        alone = Simulator(ExpertCachingSpec(cache_share=0.5, eviction_only=True))
+        alone.reset(workload.select([b]))
+        policy.run(alone)
+        np.testing.assert_array_equal(policy.memory.hidden[0], hidden[b])
+
+
+@pytest.mark.parametrize("changes", [{"pooled": True}, {"bypass": True}, {"cache_share": 0.2}, {"num_sequences": 3}])
+def test_runs_in_every_kind_of_cache(policy, workload, changes):
+    simulator = Simulator(ExpertCachingSpec(**({"cache_share": 0.5} | changes)))
+    simulator.reset(workload)
+    policy.run(simulator)
+    assert simulator.sim.books[0]["done"]
+    assert simulator.state().engine[0]["num_illegal"] == 0
+
+
+def test_another_model_is_refused(policy):
+    simulator = Simulator(ExpertCachingSpec(cache_share=0.5))
+    simulator.reset(random_workload(0, experts=32))
+    with pytest.raises(InputError, match="3 layers x 16 experts, top 2, the workload is of 3 layers x 32 experts"):
+        policy.run(simulator)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_targets_and_loss_by_hand():
+    routing = np.array([[[0]], [[1]], [[0]], [[2]]])
+    trace = prepare_trace(Workload.from_arrays("by-hand", routing, [4], num_experts=4))
+    targets = next_use_targets(trace, np.array([[0, 1]]), np.array([0])).view(len(DISCOUNTS), 2, 4)
+    d = torch.tensor(DISCOUNTS)
+    torch.testing.assert_close(targets[:, 0, :3], torch.stack([d, d**0, d**2], 1))  # used in 2, 1 and 3 tokens
+    assert targets[:, :, 3].max() < 1e-5  # never
+    used = torch.nn.functional.one_hot(torch.tensor([[[0], [1]]]), 4).float()
+    logits = torch.full((1, len(DISCOUNTS), 8), -20.0)
+    logits[:, :, [0, 5]] = 20.0  # what the tokens use themselves does not count
+    logits[:, :, 1] = 20.0
+    expected = 20.0 * (targets[:, 0, 2] + targets[:, 1, [0, 2]].sum(1)).mean() / 8
+    torch.testing.assert_close(eviction_loss(logits, targets.view(1, -1, 8), used, np.array([0])), expected)
+
+
+def test_a_resumed_run_ends_at_the_same_weights(workload, tmp_path):
+    trace = prepare_trace(workload)
+    whole = train_eviction(trace, SMALL, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    from schedlab.agents import expert_caching_train as module
+
+    original, calls = module.read_chunk, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "read_chunk", killed)
+        with pytest.raises(Killed):
+            train_eviction(trace, SMALL, tmp_path / "killed")
+    resumed = train_eviction(trace, SMALL, tmp_path / "killed", resume=True)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+    with pytest.raises(InputError, match="another configuration"):
+        train_eviction(trace, EvictionTraining(steps=7), tmp_path / "killed", resume=True)
+
+
+def test_copies_are_kept(workload, tmp_path):
+    first, again = prepare_trace(workload, tmp_path), prepare_trace(workload, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(first.copies, again.copies)
+    np.testing.assert_array_equal(first.matches, again.matches)
+    assert (first.copies != prepare_trace(random_workload(1), tmp_path).copies).any()
+
+
+@pytest.mark.slow
+def test_training_beats_lru():
+    config = EvictionTraining(steps=150, num_streams=8, chunk_tokens=16, layers_per_step=2, width=32, hidden=16)
+    network = train_eviction(prepare_trace(random_workload(1, (400,) * 5)), config)
+    test = random_workload(2, (300, 300))
+    loads = {}
+    for name in ("lru", "learned"):
+        simulator = Simulator(ExpertCachingSpec(cache_share=0.25, eviction_only=True))
+        simulator.reset(test)
+        if name == "learned":
+            LearnedEviction(name, pack_eviction(network), K).run(simulator)
+        else:
+            while not simulator.step(simulator.default_decision()).done:
+                pass
+        loads[name] = int(simulator.state().engine[0]["num_demand_loads"])
+    assert loads["learned"] < 0.9 * loads["lru"]
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_holds_the_policy(tmp_path, policy, workload):
+    save_eviction(tmp_path / "agent", policy.weights, K, {"training": {"steps": 1}}, "# A card\n")
+    loaded = load_eviction(tmp_path / "agent")
+    assert loaded.name == "agent" and loaded.shape == policy.shape
+    logits, rounded = (streamed(weights, workload)[0] for weights in (policy.weights, loaded.weights))
+    assert 0 < np.abs(logits - rounded).max() < 0.05
+    assert json.loads((tmp_path / "agent" / "config.json").read_text())["training"] == {"steps": 1}
+    assert (tmp_path / "agent" / "card.md").read_text() == "# A card\n"
+
+
+def test_broken_checkpoints_are_refused(tmp_path, policy):
+    folder = save_eviction(tmp_path / "agent", policy.weights, K, {})
+    with pytest.raises(InputError, match="no such file"):
+        load_eviction(tmp_path / "nothing")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (({"format": "x"}, "format is 'x'"), ({"feature_version": 0}, "feature_version is 0")):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=message):
+            load_eviction(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"num_experts": 8}}))
+    with pytest.raises(InputError, match=r"config\.json says"):
+        load_eviction(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        load_eviction(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "policy.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not readable as safetensors"):
+        load_eviction(folder)
+    broken = policy.weights._replace(middle_b=np.full_like(policy.weights.middle_b, np.nan))
+    with pytest.raises(InputError, match="middle_b holds values that are not finite"):
+        load_eviction(save_eviction(tmp_path / "nan", broken, K, {}))
+
+
+def test_the_shipped_checkpoint_is_small_and_loads():
+    folder = files("schedlab.agents") / "shipped" / "expert_caching"
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert sum(sizes) < 2 << 20
+    assert load_eviction(str(folder)).shape == (26, 64, 6)
+
+
+@pytest.mark.data
+def test_the_shipped_policy_beats_lru_on_held_out_sequences():
+    try:
+        workload = find_routing("deepseek_v2_lite")
+    except InputError as error:
+        pytest.skip(str(error))
+    folder = files("schedlab.agents") / "shipped" / "expert_caching"
+    test = workload.split(0.25, seed=2026)[0].head(600)
+    loads = []
+    for policy in (None, load_eviction(str(folder))):
+        simulator = Simulator(ExpertCachingSpec(cache_share=0.5, eviction_only=True), recording=False)
+        simulator.reset(test)
+        if policy:
+            policy.run(simulator)
+        else:
+            while not simulator.step(simulator.default_decision()).done:
+                pass
+        loads.append(int(simulator.state().engine[0]["num_demand_loads"]))
+    assert loads[1] < 0.9 * loads[0]
