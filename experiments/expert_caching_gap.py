@@ -219,16 +219,14 @@ def fill_in(rows: Sequence[Row], lru: np.ndarray, belady: np.ndarray, uses: np.n
     possible = draws @ (lru - belady).T
     for row in rows:
         means = row.misses.mean(0)
-        with np.errstate(invalid="ignore"):  # nan where LRU is optimal and there is no gap
-            row.gap = [float(x) for x in percent_closed((lru - means).sum(1), (lru - belady).sum(1))]
+        row.gap = [float(x) for x in percent_closed((lru - means).sum(1), (lru - belady).sum(1))]
         row.hit_rate = [float(x) for x in 1.0 - means.sum(1) / uses.sum()]
         num_seeds = len(row.misses)
         seeds = np.stack(
             [np.bincount(rng.integers(0, num_seeds, num_seeds), minlength=num_seeds) for _ in range(resamples)]
         )
         closed = np.einsum("rs,ncs,rn->rc", draws, lru - row.misses, seeds / num_seeds, optimize=True)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spread = np.percentile(percent_closed(closed, possible), [2.5, 97.5], axis=0)
+        spread = np.percentile(percent_closed(closed, possible), [2.5, 97.5], axis=0)
         row.low, row.high = ([float(x) for x in edge] for edge in spread)
 
 
