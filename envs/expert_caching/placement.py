@@ -268,6 +268,8 @@ class ExpertPlacementVectorEnv(PointerVectorEnv):
     REFERENCE: ExFlow (Yao et al., IPDPS 2024, arXiv 2401.08383); limits as in MoE^2 (arXiv 2501.09410).
     """
 
+    metadata = {**PointerVectorEnv.metadata, "render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -275,6 +277,7 @@ class ExpertPlacementVectorEnv(PointerVectorEnv):
         spec: ExpertPlacementSpec | None = None,
         workload: Workload | None = None,
         episode_sequences: int | None = None,
+        render_mode: str | None = None,
         debug: bool = False,
     ) -> None:
         self.placement_spec = spec or ExpertPlacementSpec()  # `spec` belongs to gymnasium
@@ -283,6 +286,7 @@ class ExpertPlacementVectorEnv(PointerVectorEnv):
         self.workload, self.episode_sequences = workload, episode_sequences
         devices = self.placement_spec.num_devices
         super().__init__(num_envs, len(CONTEXT_FEATURES), devices, len(CANDIDATE_FEATURES), debug=debug)
+        self.render_mode = render_mode
         whole = PlacementProblem.of(self.placement_spec, workload)
         self.problems = [whole] * num_envs
         layers, num_experts = whole.popularity.shape
@@ -356,6 +360,17 @@ class ExpertPlacementVectorEnv(PointerVectorEnv):
             self._observe(n)
         return rewards, done, np.zeros(self.num_envs, np.bool_)
 
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A picture of each placement, uint8 (height, width, 3); None without a render mode."""
+        if self.render_mode is None:
+            return None
+        from .render import draw_placement, rgb_array
+
+        return tuple(
+            rgb_array(draw_placement(placement, self.placement_spec.num_devices, kept=float(kept)))
+            for placement, kept in zip(self.placement, self.kept, strict=True)
+        )
+
     def over_limit(self, n: int = 0) -> int:
         """Limits that env n has overstepped."""
         return int((self.spent[n] > self.placement_spec.limits * (1 + 1e-9)).sum())
@@ -363,6 +378,8 @@ class ExpertPlacementVectorEnv(PointerVectorEnv):
 
 class ExpertPlacementEnv(PointerEnv):
     """One expert placement env: see `ExpertPlacementVectorEnv`, whose keyword arguments it takes."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(ExpertPlacementVectorEnv(1, **kwargs))

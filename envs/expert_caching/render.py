@@ -79,6 +79,24 @@ def draw_timeline(timeline: Timeline, *, title: str = "") -> Figure:
     return figure
 
 
+def draw_placement(placement: np.ndarray, num_devices: int, *, kept: float | None = None) -> Figure:
+    """A cell for each expert of each layer, coloured by its device; -1: not placed yet. `kept`: share of the flow."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    picture = colormaps["turbo"](np.maximum(placement, 0) / max(num_devices - 1, 1))[..., :3]
+    picture[placement < 0] = to_rgb(ABSENT_COLOR)
+    layers, experts = placement.shape
+    figure = _figure(3.0 + 0.09 * experts, 1.6 + 0.16 * layers)
+    axis = figure.subplots()
+    axis.imshow(picture, aspect="auto", interpolation="nearest")
+    axis.set_xlabel("expert")
+    axis.set_ylabel("layer")
+    told = "" if kept is None else f"   flow kept {kept:.3f}"
+    axis.set_title(f"{num_devices} devices{told}", loc="left", fontsize=9, color=TEXT_COLOR)
+    return figure
+
+
 def rgb_array(figure: Figure, dpi: int = 100) -> np.ndarray:
     """uint8 (height, width, 3): the figure as pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
