@@ -19,7 +19,7 @@ from ..envs.request_scheduling.sim import (
     skip_idle,
 )
 from ..envs.request_scheduling.spec import RequestSchedulingSpec
-from ..envs.request_scheduling.state import Decision, State, reset_decision
+from ..envs.request_scheduling.state import Decision, State, empty_decision, reset_decision
 from ..envs.request_scheduling.table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
@@ -107,15 +107,16 @@ class CompiledPolicy:
         self._entry: Callable | None = None
 
     def reset(self, state: State) -> None:
-        """Nothing is remembered from run to run."""
-        self._entry = None
+        """Nothing is remembered from run to run; what must be compiled for such a state is compiled now."""
+        arguments = (state, self.problem, self.table, self.weights, self.view, empty_decision(1))
+        self._entry = entry_point(decide_compiled, *arguments)
 
     def decide(self, state: State, decision: Decision) -> None:
         """Write the decision for `state` into `decision`."""
-        arguments = (state, self.problem, self.table, self.weights, self.view, decision)
         if self._entry is None:
-            self._entry = entry_point(decide_compiled, *arguments)
-        if not self._entry(*arguments):
+            self.reset(state)
+            assert self._entry is not None
+        if not self._entry(state, self.problem, self.table, self.weights, self.view, decision):
             raise ValueError(f"policy {self.name!r}: logits are not finite")
 
     def run(self, simulator: Simulator) -> None:
