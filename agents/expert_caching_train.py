@@ -58,7 +58,7 @@ FAR = 255
 class EvictionTraining:
     """How an eviction score is trained."""
 
-    steps: int = 3000
+    steps: int = 1200
     num_streams: int = 16
     chunk_tokens: int = 32
     layers_per_step: int = 2

@@ -63,7 +63,7 @@ class Args:
     """Routing trace: a name in the data folder, or a file."""
     seeds: int = 5
     """Networks that are trained and averaged."""
-    steps: int = 2400
+    steps: int = 1200
     """Optimizer steps of each."""
     held_out: float = 0.25
     """Share of the sequences that the table is measured on; training sees the others."""
