@@ -11,9 +11,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ..envs.core.kernel import UNCOUNTED, njit_borrowed
+from ..envs.core.kernel import UNCOUNTED, njit, njit_borrowed
 from .networks import MASKED_LOGIT, PointerNetwork
 
 _MASKED = np.float32(MASKED_LOGIT)

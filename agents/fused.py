@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from ..envs.core.kernel import njit
 
 
 class Rows(NamedTuple):

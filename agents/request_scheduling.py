@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ..envs.core.kernel import entry_point, njit_borrowed
+from ..envs.core.kernel import entry_point, njit, njit_borrowed
 from ..envs.request_scheduling.sim import (
     Sim,
     Simulator,

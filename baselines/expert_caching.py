@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..envs.core.errors import InputError
-from ..envs.core.kernel import njit_borrowed
+from ..envs.core.kernel import njit, njit_borrowed
 from ..envs.expert_caching.rule import Rule, evict_lowest, lowest_slot, prefetch
 from ..envs.expert_caching.spec import ExpertCachingSpec
 from ..envs.expert_caching.state import ABSENT, AUTO, BYPASS, CANDIDATE, FREE, IN_USE, QUEUED, is_taken, slot_kind

@@ -6,10 +6,9 @@ Tables travel as parameters of the rule, after its knobs. `Rule.shape` names the
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from ..envs.core.errors import InputError
-from ..envs.core.kernel import njit_borrowed
+from ..envs.core.kernel import njit, njit_borrowed
 from ..envs.expert_caching.affinity import Affinity
 from ..envs.expert_caching.rule import Rule, evict_lowest, lowest_slot, prefetch
 from ..envs.expert_caching.state import ABSENT, AUTO

@@ -11,8 +11,8 @@ Sarathi-Serve and vLLM (`max_num_batched_tokens`) do.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..envs.core.kernel import njit
 from ..envs.request_scheduling.rule import Rule, pick_smallest
 from ..envs.request_scheduling.state import FINISHED, REFUSED, RUNNING
 

@@ -1,4 +1,7 @@
-"""`njit_borrowed`: numba's njit for kernels that only change arrays which their caller owns."""
+"""numba's njit for all kernels of the package, and `njit_borrowed`, for those that only change their caller's arrays.
+
+To take `njit` from here is to have its cache see every source that a kernel depends on (`compile_cache`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import njit, typeof
+
+from .compile_cache import use_cache_of_sources
+
+__all__ = ["UNCOUNTED", "entry_point", "njit", "njit_borrowed", "njit_inlined"]
+
+use_cache_of_sources()
 
 UNCOUNTED: dict[str, Any] = {"_nrt": False}
 """Options of a kernel that counts no references. One that takes functions cannot be cached: `@njit(**UNCOUNTED)`."""

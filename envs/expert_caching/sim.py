@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..core.errors import InputError
 from ..core.interface import Outcome
-from ..core.kernel import njit_borrowed
+from ..core.kernel import njit, njit_borrowed
 from .rule import Rule
 from .spec import ExpertCachingSpec
 from .state import (
@@ -595,6 +594,7 @@ def start(sim: Sim, warm: bool) -> None:
             row.frequency_95 = 0.0
             row.frequency_99 = 0.0
             row.predicted = 0.0
+            row.keep = 0.0
             row.seconds_left = 0.0
             row.count = 0
             row.slot = -1

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..core.errors import InputError
+from ..core.kernel import njit
 from ..core.vector_env import PointerEnv, PointerVectorEnv
 from .generate import generate
 from .rule import Rule

@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from ..core.errors import InputError
 from ..core.interface import Outcome
-from ..core.kernel import UNCOUNTED, njit_borrowed, njit_inlined
+from ..core.kernel import UNCOUNTED, njit, njit_borrowed, njit_inlined
 from .rule import Rule
 from .spec import RequestSchedulingSpec
 from .state import FINISHED, REFUSED, RUNNING, WAITING, Decision, State, empty_decision, empty_state, reset_decision

@@ -29,7 +29,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from ..core.kernel import njit
 
 WAITING, RUNNING, FINISHED, REFUSED = 1, 2, 3, 4
 """Values of `requests["status"]`; 0 is a request that has not arrived."""

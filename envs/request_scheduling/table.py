@@ -14,9 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ..core.kernel import njit_borrowed
+from ..core.kernel import njit, njit_borrowed
 from .spec import RequestSchedulingSpec
 from .state import NO_LIMIT, Decision, State, reset_decision
 
