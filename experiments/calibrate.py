@@ -1,7 +1,8 @@
 """Measure a real engine and fit the simulator's cost model to it.
 
-Random schedules are run on the engine; the seconds of an iteration are fitted by a non-negative linear model in its
-tokens and contexts. The file holds the coefficients, the error on runs that were held out, machine and versions.
+Bursts of requests, random ones and some of the trace's training part, are run under random schedules; the seconds of
+an iteration are fitted by a non-negative linear model in its tokens and contexts. The file holds the coefficients, the
+error on runs that were held out, machine and versions.
 
 Examples:
 
@@ -40,7 +41,7 @@ class Args:
     repeats: int = 2
     """Passes over all of them; two or more tell the noise of the machine."""
     workload: str = "azure_conv"
-    """Trace whose engine, made small, is measured."""
+    """Trace whose engine, made small, is measured, with random requests and with some of its training part."""
     length_scale: float = 16
     """Tokens of the trace for one token of the small engine."""
     model: Path | None = None
@@ -76,12 +77,14 @@ def calibrate(args: Args) -> int:
     """Run `schedlab calibrate`."""
     from ..envs.request_scheduling.spec import COST_FEATURES
     from ..real_backend.calibrate import Calibration, write_calibration
-    from .evaluate import open_engine
+    from .request_scheduling import open_engine
+    from .scenario import build_scenario
 
     if args.repeats < 1:
         raise InputError(f"repeats is {args.repeats}", remedy="Measure at least once")
+    training = build_scenario(args.workload, data_dir=args.data_dir).training.scale_lengths(1 / args.length_scale)
     engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
-    calibration = Calibration(engine, args.seed, num_iterations=args.iterations)
+    calibration = Calibration(engine, args.seed, num_iterations=args.iterations, requests=training)
     for repeat in range(args.repeats):
         measure_pass(calibration, f"calibrating, pass {repeat + 1} of {args.repeats}")
     model, report = calibration.fit()

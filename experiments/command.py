@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..envs.core.errors import InputError
 
@@ -19,11 +19,18 @@ USAGE_ERROR = 2
 """Exit status of a command that was given something that it cannot use."""
 
 
-def run(args_type: type[Args], action: Callable[[Args], int], argv: Sequence[str] | None, name: str, text: str) -> int:
+def run(
+    args_type: type[Args] | Callable[[Sequence[str]], type[Args]],
+    action: Callable[[Args], int],
+    argv: Sequence[str] | None,
+    name: str,
+    text: str,
+) -> int:
     """Parse `argv`, act, and return the exit status.
 
     Args:
-        args_type: dataclass of the arguments, help text beneath each field.
+        args_type: dataclass of the arguments, help text beneath each field; or what chooses it by the arguments, for
+            commands whose options depend on the domain.
         action: what the command does; it returns the exit status.
         argv: arguments without the program's name; None: those of the process.
         name: of the command.
@@ -32,9 +39,10 @@ def run(args_type: type[Args], action: Callable[[Args], int], argv: Sequence[str
     import tyro
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a shared machine more threads wait for each other
-    args = tyro.cli(args_type, prog=f"schedlab {name}", args=None if argv is None else list(argv), description=text)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        return action(args)
+        chosen: Any = args_type if isinstance(args_type, type) else args_type(given)
+        return action(tyro.cli(chosen, prog=f"schedlab {name}", args=given, description=text))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

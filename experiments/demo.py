@@ -58,9 +58,17 @@ def demo(args: Args) -> int:
     """Run `schedlab demo`."""
     from ..envs.request_scheduling.sim import Simulator
     from . import deploy, train
-    from .evaluate import Evaluation, find_policies, measured_cost, open_engine, show
+    from .evaluate import Evaluation, show
     from .policies import AGENT, SHIPPED, fingerprint
     from .report import write_report
+    from .request_scheduling import (
+        DeployArgs,
+        RequestComparison,
+        find_policies,
+        measured_cost,
+        open_deployment,
+        open_engine,
+    )
     from .scenario import HF_LENGTH_SCALE, build_scenario
 
     start = time.perf_counter()
@@ -87,23 +95,28 @@ def demo(args: Args) -> int:
 
     step("in the simulator (Llama-2-7B on an A100)")
     prints = {name: fingerprint(name) for name in agents}
-    simulated = Evaluation(scenario, Simulator(scenario.spec), "sim", args.out, True, prints)
+    comparison = RequestComparison(scenario, Simulator(scenario.spec), "sim")
+    simulated = Evaluation(comparison, args.out, True, prints)
     seeds = range(args.seed, args.seed + num_seeds)
     rows = simulated.run(find_policies([*RULES, *agents], scenario), seeds)
-    show(rows, scenario.metric)
+    show(rows, comparison.columns)
 
     step("starting a real engine (a small Llama in transformers' continuous batching) and measuring its speed")
     engine: Any = open_engine(HF_LENGTH_SCALE, None, "cpu", workload, data_dir)
-    cost = measured_cost(engine, None, seed=args.seed, num_iterations=60)
+    cost = measured_cost(
+        engine, None, scenario.training.scale_lengths(1 / HF_LENGTH_SCALE), seed=args.seed, num_iterations=60
+    )
     small = build_scenario(workload, load=ENGINE_LOAD, requests=on_engine, cost=cost, data_dir=data_dir)
     engine.slo_classes = small.spec.slo_classes
     step("the same comparison on the engine")
-    real = Evaluation(small, engine, "hf", args.out, True, prints)
-    show(real.run(find_policies([*ON_THE_ENGINE, *agents], small), [args.seed]), small.metric)
+    comparison = RequestComparison(small, engine, "hf")
+    real = Evaluation(comparison, args.out, True, prints)
+    show(real.run(find_policies([*ON_THE_ENGINE, *agents], small), [args.seed]), comparison.columns)
 
     step("deploying the agent, guarded: if it failed, the engine would fall back to its own order")
-    deployed = deploy.Args(agents[-1], load=ENGINE_LOAD, window=on_engine, seed=args.seed, data_dir=data_dir)
-    deploy.show_deployment(deploy.deploy_on(engine, cost, deployed, args.out / "deployed"))
+    wanted = DeployArgs(agents[-1], load=ENGINE_LOAD, window=on_engine, data_dir=data_dir)
+    deployment = open_deployment(wanted, engine, cost)
+    deploy.show_deployment(deployment, deploy.run_deployment(deployment, [args.seed], args.out / "deployed"))
     engine.close()
 
     page = write_report(args.out, title="schedlab: a demonstration")

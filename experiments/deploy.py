@@ -1,58 +1,45 @@
-"""Serve a trace on a real engine under a policy, guarded: a policy that fails falls back to the engine's own order.
+"""Run a real backend under a policy, guarded: a policy that fails falls back to the backend's own default.
 
-Beside the policy stand `fcfs` and `sarathi_512` on the same requests, and what its decisions cost.
+Beside the policy stand simple rules on the same inputs, and what its decisions cost. `--backend` says which domain it
+is; each has options of its own, which `schedlab deploy --backend NAME --help` lists.
 
 Examples:
 
   schedlab deploy agent --backend hf --workload azure_conv
   schedlab deploy runs/mine --load 1.5 --window 100 --seeds 3 --out results/deploy
   schedlab deploy srpt --cost-model cost.json
+  schedlab deploy agent --backend experts --cache 0.25
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ..envs.core.errors import InputError
 from . import command
-from .evaluate import Evaluation, check_output, find_policies, measured_cost, open_engine, show
+from .domain import BACKENDS, Deployment, domain_module, pick
+from .evaluate import Evaluation, check_output, show
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..envs.request_scheduling.spec import CostModel
-    from ..real_backend.guard import GuardedPolicy
-
-COMPARED = ("fcfs", "sarathi_512")
-"""Rules that every deployment is shown beside."""
-
 
 @dataclass
 class Args:
-    """Arguments of `schedlab deploy`."""
+    """Arguments of `schedlab deploy` in every domain."""
 
     policy: Annotated[str, tyro.conf.Positional]
     """Folder of a checkpoint or of a training run, `agent` (the shipped one), or the name of a rule."""
-    backend: Literal["hf"] = "hf"
-    """The engine: Hugging Face transformers' continuous batching."""
-    workload: str = "azure_conv"
-    """Name of a trace (azure_conv, azure_code, mooncake_synthetic, ..., synthetic) or a trace file."""
-    load: float = 1.1
-    """Arrival rate as a share of the engine's capacity."""
-    window: int = 100
-    """Requests to serve."""
-    objective: Literal["mean_e2e", "goodput", "goodput_2class"] = "mean_e2e"
-    """What the policy is to optimise."""
     seeds: int = 1
-    """Number of paired seeds: each draws a window, length predictions and SLO classes."""
+    """Number of paired seeds: each draws the inputs."""
     seed: int = 0
     """The first of them."""
     time_budget: float = 1.0
@@ -61,96 +48,59 @@ class Args:
     """Folder for results.csv and schedules/. Without it nothing is kept."""
     resume: bool = False
     """Go on with the results that are in --out."""
-    cost_model: Path | None = None
-    """Cost model of the engine, as written by `schedlab calibrate hf`. Without it a short one is fitted."""
-    length_scale: float = 16
-    """Tokens of the trace for one token of the small engine."""
-    kv_blocks: int | None = None
-    """KV blocks of the small engine. Default: the pool of the full-size engine, made small."""
-    model: Path | None = None
-    """Folder of a local model. Default: a small Llama with random weights."""
-    device: str = "cpu"
-    """Where the model runs."""
     data_dir: Path | None = None
     """Folder with trace files. Default: $SCHEDLAB_DATA, then the download cache."""
 
 
-@dataclass
-class Deployment:
-    """What a deployment showed."""
-
-    rows: pd.DataFrame
-    guard: GuardedPolicy
-    metric: str
-
-
-def deploy_on(engine: Any, cost: CostModel, args: Args, out: Path) -> Deployment:
-    """Serve the requests under the guarded policy and the rules that it is compared with."""
-    from ..real_backend.guard import GuardedPolicy
-    from .policies import fingerprint
-    from .scenario import build_scenario
-
-    scenario = build_scenario(
-        args.workload,
-        load=args.load,
-        objective=args.objective,
-        requests=args.window,
-        cost=cost,
-        length_scale=args.length_scale,
-        kv_blocks=args.kv_blocks,
-        data_dir=args.data_dir,
-    )
-    engine.slo_classes = scenario.spec.slo_classes
-    policy = find_policies([args.policy], scenario)[0]
-    compared = find_policies([name for name in COMPARED if name != args.policy], scenario)
-    guard = GuardedPolicy(policy, args.time_budget, on_failure=lambda *_: None)
-    evaluation = Evaluation(scenario, engine, args.backend, out, args.resume, {args.policy: fingerprint(args.policy)})
-    seeds = range(args.seed, args.seed + args.seeds)
+def run_deployment(deployment: Deployment, seeds: Sequence[int], out: Path, resume: bool = False) -> pd.DataFrame:
+    """Serve the inputs of every seed under the guarded policy and the rules that it is compared with."""
+    evaluation = Evaluation(deployment.comparison, out, resume, deployment.fingerprints)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # failures are counted and printed below
-        rows = evaluation.run([guard, *compared], seeds)
-    return Deployment(rows, guard, scenario.metric)
+        warnings.simplefilter("ignore", RuntimeWarning)  # failures are counted and printed by `show_deployment`
+        return evaluation.run([deployment.guard, *deployment.compared], seeds)
 
 
-def show_deployment(deployment: Deployment) -> None:
+def show_deployment(deployment: Deployment, rows: pd.DataFrame) -> None:
     """Print the comparison, the cost of a decision and the fallbacks."""
-    rows, guard = deployment.rows, deployment.guard
-    show(rows, deployment.metric)
+    guard = deployment.guard
+    show(rows, deployment.comparison.columns)
     mine = rows[rows["policy"] == guard.name].groupby("metric")["value"].mean()
     report = guard.report()
     p50, p99 = (report[f"decision_cpu_p{p}_s"] * 1e6 for p in (50, 99))
     failures = {kind: int(report[f"failures_{kind}"]) for kind in ("raised", "invalid", "timeout")}
     print(
         f"{guard.name}: {int(report['decisions'])} decisions; one takes {p50:.0f} us (P50), {p99:.0f} us (P99) of CPU; "
-        f"guard included, deciding takes {mine['decision_share']:.2%} of the iterations' time"
+        f"guard included, deciding takes {mine['decision_share']:.2%} of the backend's time"
     )
-    print(f"fallbacks to fcfs: {sum(failures.values())} ({', '.join(f'{n} {k}' for k, n in failures.items())})")
+    counts = ", ".join(f"{number} {kind}" for kind, number in failures.items())
+    print(f"fallbacks to {deployment.default}: {sum(failures.values())} ({counts})")
 
 
-def deploy(args: Args) -> int:
-    """Run `schedlab deploy`."""
-    from .policies import KNOBS, find_policy
-    from .scenario import build_scenario
-
-    if args.seeds < 1:
-        raise InputError(f"--seeds is {args.seeds}", remedy="Give at least 1")
-    check_output(args.out, args.resume)
-    plain = build_scenario(args.workload, load=args.load, requests=args.window, data_dir=args.data_dir)
-    if args.policy != KNOBS:
-        find_policy(args.policy, plain.policy_spec)  # a wrong name is told before an engine is started
-    command.say(plain.pool.source)
-    engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir, args.kv_blocks)
-    cost = measured_cost(engine, args.cost_model, seed=args.seed)
+def deploy(args: Any) -> int:
+    """Run `schedlab deploy` for the backend's arguments."""
+    domain = domain_module(BACKENDS[args.backend])
+    check_output(domain, args)
+    deployment = domain.open_deployment(args)
+    command.say(deployment.comparison.source)
     with tempfile.TemporaryDirectory() as scratch:
-        deployment = deploy_on(engine, cost, args, args.out or Path(scratch))
-        show_deployment(deployment)
-    engine.close()
+        seeds = range(args.seed, args.seed + args.seeds)
+        rows = run_deployment(deployment, seeds, args.out or Path(scratch), args.resume)
+        show_deployment(deployment, rows)
+    deployment.comparison.backend.close()
     return 0
+
+
+def args_for(argv: Sequence[str]) -> type:
+    """The arguments of the backend that is named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend", nargs="?", default="hf")
+    backend = parser.parse_known_args(argv)[0].backend
+    return domain_module(BACKENDS[pick([str(backend)], list(BACKENDS))]).DeployArgs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return command.run(Args, deploy, argv, "deploy", __doc__ or "")
+    return command.run(args_for, deploy, argv, "deploy", __doc__ or "")
 
 
 if __name__ == "__main__":

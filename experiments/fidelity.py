@@ -1,8 +1,9 @@
 """Is the simulator right? The same requests under the same policies, in the simulator and on a real engine.
 
-The simulator runs with a cost model fitted to random schedules: neither the requests nor the policies here took part.
-Without `--cost-model` it is measured here, a pass between the passes of the comparison: the speed of a shared machine
-drifts by more than the simulator errs, and both sides must be averaged over the same drift.
+The simulator runs with a cost model fitted to random schedules of random requests and of the trace's training part:
+neither the requests nor the policies here took part. Without `--cost-model` it is measured here, in runs between those
+of the comparison: the speed of a shared machine drifts by more than the simulator errs, and both sides must be averaged
+over the same drift.
 Two patterns of arrival: a burst (all at once: small differences of timing change little) and Poisson. For each metric
 the table shows the simulator's relative error beside the standard deviation of the engine's repeats, and, over the
 policies, whether both rank them alike: Kendall's tau, and the share of pairs with the same winner where the gap is not
@@ -29,7 +30,8 @@ import tyro
 
 from ..envs.core.errors import InputError
 from . import command
-from .evaluate import find_policies, open_engine, serve
+from .domain import serve
+from .request_scheduling import find_policies, open_engine
 
 if TYPE_CHECKING:
     from ..envs.core.interface import Policy
@@ -73,10 +75,10 @@ class Args:
     """Policies to compare; ranks say little for fewer than eight."""
     workload: str = "azure_conv"
     """Name of a trace or a trace file; requests are from its test part."""
-    window: int = 100
+    window: int = 150
     """Requests in a run."""
-    load: float = 1.1
-    """Load of the Poisson arrivals."""
+    load: float = 1.3
+    """Load of the Poisson arrivals: near 1 policies are too alike for an engine's noise to rank them."""
     repeats: int = 6
     """Runs of each policy on the engine."""
     json: Path | None = None
@@ -113,7 +115,8 @@ def measure(backend: Any, policy: Policy, workload: Workload, seed: int) -> dict
     """The compared metrics of one run."""
     from ..envs.request_scheduling.metrics import compute_metrics
 
-    metrics = compute_metrics(serve(backend, policy, workload, seed).timeline)
+    timeline: Any = serve(backend, policy, workload, seed).timeline
+    metrics = compute_metrics(timeline)
     return {name: metrics[name] for name in METRICS}
 
 
@@ -170,7 +173,8 @@ def fidelity(args: Args) -> int:
     for name in args.policies:
         find_policy(name, plain.policy_spec)
     engine = open_engine(args.length_scale, args.model, args.device, args.workload, args.data_dir)
-    calibration = Calibration(engine, args.seed + 1, num_iterations=1500)
+    training = plain.training.scale_lengths(1 / args.length_scale)
+    calibration = Calibration(engine, args.seed + 1, num_iterations=1500, requests=training)
     if args.cost_model is None:
         measure_pass(calibration, "first calibration")
         cost = calibration.fit()[0]
@@ -187,13 +191,15 @@ def fidelity(args: Args) -> int:
         count = 0
         measured: dict[tuple[str, str], list[dict[str, float]]] = {}
         for repeat in range(args.repeats):  # in passes over all, so that a slow minute of the machine hits no one alone
-            if args.cost_model is None and repeat > 0:
-                bar(count, f"calibrating, pass {repeat + 1}")
-                calibration.measure_pass()
+            to_calibrate = calibration.measure_runs() if args.cost_model is None else iter(())
             for (pattern, workload), policy in itertools.product(patterns.items(), policies):
                 bar(count, f"{pattern} arrivals, {policy.name}, pass {repeat + 1}")
                 measured.setdefault((pattern, policy.name), []).append(measure(engine, policy, workload, repeat))
                 count += 1
+                next(to_calibrate, None)
+                next(to_calibrate, None)
+            for _ in to_calibrate:
+                bar(count, f"calibrating, pass {repeat + 1}")
     if args.cost_model is None:
         cost = calibration.fit()[0]
         command.say(cost.source)

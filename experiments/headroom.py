@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import tyro
-from numba import njit
 from rich.progress import track
 
 from ..agents.request_scheduling import CompiledPolicy
 from ..baselines.request_scheduling import ORDER_NAMES, RULES, linear, ordered_rule
 from ..envs.core.errors import InputError
+from ..envs.core.kernel import njit
 from ..envs.core.results import atomic_path, bootstrap_ci
 from ..envs.request_scheduling.rule import Rule
 from ..envs.request_scheduling.sim import Simulator, fast_forward, refresh_waiting, run_iteration, skip_idle

@@ -26,9 +26,6 @@ from . import command
 if TYPE_CHECKING:
     import pandas as pd
 
-PLOTTED = ("mean_e2e_s", "slo_goodput", "p99_ttft_s", "max_wait_s")
-"""Metrics with a plot of their own."""
-
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
@@ -55,18 +52,19 @@ class Args:
 def write_report(folder: Path, out: Path | None = None, title: str = "") -> Path:
     """Write the page of a results folder. Raises InputError if it holds no results."""
     from ..envs.core.results import CELL_COLUMNS, atomic_path, read_results, summary_table
+    from .domain import domain_module
     from .evaluate import directions
-    from .policies import is_oracle
 
     frame = read_results(folder / "results.csv")
     if frame.empty:
         raise InputError("holds no finished run", file=folder / "results.csv", remedy="Evaluate with --out first")
     summary = summary_table(frame)
-    better = directions(frame)
-    oracles = {name for name in frame["policy"].unique() if is_oracle(name)}
     parts = []
     for key, cell in summary.groupby(list(CELL_COLUMNS), sort=False):
-        _, workload, instance, backend, clock = map(str, key)
+        name, workload, instance, backend, clock = map(str, key)
+        domain = domain_module(name)
+        better = directions(frame[frame["domain"] == name])
+        oracles = {policy for policy in cell["policy"].unique() if domain.is_oracle(policy)}
         parts.append(f"<h2>{html.escape(f'{workload}, {instance}')}</h2>")
         seeds = int(cell["num_seeds"].max())
         parts.append(
@@ -75,7 +73,7 @@ def write_report(folder: Path, out: Path | None = None, title: str = "") -> Path
             "oracles apart.</p>"
         )
         parts.append(table(cell, better, oracles))
-        parts.append(figure(metric_plot(cell, better, oracles), "metrics by policy"))
+        parts.append(figure(metric_plot(cell, domain.PLOTTED, better, oracles), "metrics by policy"))
         parts += timelines(folder, frame, cell, key)
     title = title or f"Results of {folder.resolve().name}"
     page = (
@@ -120,11 +118,11 @@ def table(cell: pd.DataFrame, better: dict[str, bool | None], oracles: set[str])
     return f'<div class="wide"><table><tr><th>policy</th>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def metric_plot(cell: pd.DataFrame, better: dict[str, bool | None], oracles: set[str]) -> Any:
+def metric_plot(cell: pd.DataFrame, plotted: Sequence[str], better: dict[str, bool | None], oracles: set[str]) -> Any:
     """Bars of the chosen metrics by policy, with intervals."""
     from matplotlib.figure import Figure
 
-    names = [name for name in PLOTTED if (cell["metric"] == name).any()]
+    names = [name for name in plotted if (cell["metric"] == name).any()]
     policies = list(cell["policy"].unique())
     picture = Figure(figsize=(3.1 * len(names) + 1.5, 0.32 * len(policies) + 1.3), layout="constrained")
     axes = np.atleast_1d(picture.subplots(1, len(names), sharey=True))
@@ -149,19 +147,17 @@ def timelines(folder: Path, frame: pd.DataFrame, cell: pd.DataFrame, key: Any) -
     import json
 
     from ..envs.core.results import RunKey, schedule_paths
-    from ..envs.request_scheduling.render import draw_timeline
-    from ..envs.request_scheduling.timeline import Timeline
+    from .domain import domain_module
 
     domain, workload, instance, backend, clock = map(str, key)
     policy = str(cell["policy"].iloc[0])
-    mine = frame[(frame["workload"] == workload) & (frame["instance"] == instance) & (frame["backend"] == backend)
-                 & (frame["policy"] == policy)]  # fmt: skip
+    mine = frame[(frame["domain"] == domain) & (frame["workload"] == workload) & (frame["instance"] == instance)
+                 & (frame["backend"] == backend) & (frame["policy"] == policy)]  # fmt: skip
     run = RunKey(domain, workload, instance, policy, backend, clock, int(mine["seed"].min()))
     npz, description = schedule_paths(folder, run)
     if not npz.exists() or not description.exists():
         return []
-    about = json.loads(description.read_text())
-    picture = draw_timeline(Timeline.load(npz), about["kv_blocks"])
+    picture = domain_module(domain).draw_run(npz, json.loads(description.read_text()))
     return [f'<p class="note">One run of {html.escape(policy)}, seed {run.seed}:</p>', figure(picture, "timeline")]
 
 

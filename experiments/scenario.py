@@ -14,11 +14,11 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..baselines.request_scheduling import RULES
 from ..envs.core.errors import InputError
 from ..envs.core.interface import Policy
+from ..envs.core.kernel import njit
 from ..envs.request_scheduling.sim import Simulator
 from ..envs.request_scheduling.spec import CostModel, EngineSpec, RequestSchedulingSpec, SloClass
 from ..envs.request_scheduling.state import NO_LIMIT, Decision, State, empty_state, reset_decision

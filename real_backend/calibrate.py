@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,26 @@ from ..envs.request_scheduling.spec import COST_FEATURES, CostModel, EngineSpec
 from ..envs.request_scheduling.state import NO_LIMIT, Decision, State
 from ..envs.request_scheduling.workload import Workload
 from .hf import HFEngine
+from .machine import describe, versions
 
 Run = tuple[np.ndarray, np.ndarray]
 """Features (I, 7) and seconds (I,) of the iterations of one run."""
 
 MAX_RUN_ITERATIONS = 60
 """A run is cut here: many short runs cover more settings than a few long ones."""
+MIN_SERVED = 4
+"""Least requests of a run of those that will be served."""
+MAX_SERVED_ITERATIONS = 180
+"""Runs of the requests that will be served are cut here: only late iterations decode without any prefill."""
 
 
 class Calibration:
     """Measurements of an engine under random schedules, taken in passes, and the cost model fitted to them.
 
-    Runs are bursts of random requests served under random schedules: every second run redraws its levers now and
-    then, the others hold one setting, as a fixed rule would. Each third run is held out of the fit. The seconds are
+    Runs are bursts served under random schedules: every second run redraws its levers now and then, the others hold
+    one setting, as a fixed rule would. Of four runs two are of random requests, of very unlike lengths, and two of
+    `requests`, if given: a linear model is right on average over what it is fitted to, and iterations that only decode
+    are rare among the former. Each third run is held out of the fit. The seconds are
     the engine's own (`HFEngine.clock`): preparation, forward pass, sampling, update and our scheduling, without the
     policy. A pass repeats all runs, and an iteration's seconds are the mean of its repeats: a machine whose speed
     drifts is measured well by passes far apart, with whatever is compared to the model run in between.
@@ -37,26 +44,38 @@ class Calibration:
         engine: a real engine; its workload is lost at each pass.
         num_iterations: different iterations to measure, at least. 600 take about half a minute of one CPU thread a
             pass with the default model.
+        requests: requests like those that will be served, in the engine's tokens, at least `MIN_SERVED` of them.
 
-    Raises InputError if too few iterations were asked for.
+    Raises InputError if too few iterations were asked for, or too few requests given.
     """
 
-    def __init__(self, engine: HFEngine, seed: int = 0, *, num_iterations: int = 600) -> None:
+    def __init__(
+        self, engine: HFEngine, seed: int = 0, *, num_iterations: int = 600, requests: Workload | None = None
+    ) -> None:
         if num_iterations < 60:
             raise InputError(
                 f"num_iterations is {num_iterations}",
                 remedy="Measure at least 60 iterations, once; 600, twice, give a stable fit",
             )
-        self.engine, self.seed, self.num_iterations = engine, seed, num_iterations
+        if requests is not None and len(requests) < MIN_SERVED:
+            raise InputError(
+                f"{len(requests)} requests to calibrate with", remedy=f"Give at least {MIN_SERVED}, or none at all"
+            )
+        self.engine, self.seed, self.num_iterations, self.requests = engine, seed, num_iterations, requests
         self.passes: list[list[Run]] = []
 
     def measure_pass(self) -> None:
         """Measure all runs once more; the first pass says how many there are."""
+        for _ in self.measure_runs():
+            pass
+
+    def measure_runs(self) -> Iterator[None]:
+        """`measure_pass` in steps of one run, for whoever measures something else in between."""
         runs: list[Run] = []
-        if self.passes:
-            runs = [_measure_run(self.engine, self.seed, i) for i in range(len(self.passes[0]))]
-        while len(runs) < 6 or sum(len(seconds) for _, seconds in runs) < self.num_iterations:
-            runs.append(_measure_run(self.engine, self.seed, len(runs)))
+        wanted = len(self.passes[0]) if self.passes else 6
+        while len(runs) < wanted or (not self.passes and sum(len(s) for _, s in runs) < self.num_iterations):
+            runs.append(_measure_run(self.engine, self.seed, len(runs), self.requests))
+            yield
         self.passes.append(runs)
 
     def fit(self, name: str | None = None) -> tuple[CostModel, dict[str, Any]]:
@@ -85,9 +104,8 @@ class Calibration:
             "iteration_s": np.percentile(np.concatenate([s for _, s in means]), [0, 50, 100]).tolist(),
             "engine": {field: getattr(engine.capacity, field) for field in EngineSpec.__dataclass_fields__},
             "model": _model(engine),
-            "machine": _machine(engine),
-            "versions": {"python": platform.python_version()}
-            | {package: _version(package) for package in ("torch", "transformers", "numpy", "scipy")},
+            "machine": describe(engine.model.device),
+            "versions": versions(),
         }
         kind = engine.model.device.type
         model = CostModel(name or f"hf-{kind}", tuple(coefficients.tolist()), _source(report))
@@ -97,7 +115,7 @@ class Calibration:
 def _source(report: dict[str, Any]) -> str:
     machine, versions, held_out = report["machine"], report["versions"], report["held_out"]
     return (
-        f"{report['runs']} runs of HFEngine on {machine.get('device_name', machine['cpu'])}, clock {report['clock']}, "
+        f"{report['runs']} runs of HFEngine on {machine['device_name']}, clock {report['clock']}, "
         f"transformers {versions['transformers']}, torch {versions['torch']}; held out: median error "
         f"{held_out['median']:.1%}, P90 {held_out['p90']:.1%}, total {held_out['total']:+.1%}"
     )
@@ -173,14 +191,27 @@ def draw_levers(rng: np.random.Generator, decision: Decision, spec: EngineSpec) 
     levers["whole_prompts"] = rng.random() < 0.2
 
 
-def _measure_run(engine: HFEngine, seed: int, index: int) -> Run:
+def served_burst(rng: np.random.Generator, spec: EngineSpec, requests: Workload) -> Workload:
+    """Some of `requests` in a row, all at once: few, or more than can run together."""
+    most = min(len(requests), 2 * spec.max_running)
+    num_requests = int(np.exp(rng.uniform(np.log(MIN_SERVED), np.log(most))))
+    begin = int(rng.integers(len(requests) - num_requests + 1))
+    window = requests.window(begin, begin + num_requests)
+    return replace(window, arrival_s=np.zeros(num_requests), slo_class=np.zeros(num_requests, np.int32))
+
+
+def _measure_run(engine: HFEngine, seed: int, index: int, requests: Workload | None = None) -> Run:
     """The first iterations of run number `index`: the same schedule at each call, whatever the clock says."""
     spec, rng = engine.capacity, np.random.default_rng([seed, index])
     redraw = index % 2 == 0
-    engine.reset(random_burst(rng, spec, engine.max_positions), seed=int(rng.integers(1 << 31)))
+    if requests is None or index % 4 < 2:
+        burst, most_iterations = random_burst(rng, spec, engine.max_positions), MAX_RUN_ITERATIONS
+    else:
+        burst, most_iterations = served_burst(rng, spec, requests), MAX_SERVED_ITERATIONS
+    engine.reset(burst, seed=int(rng.integers(1 << 31)))
     levers = engine.default_decision().levers.copy()
     steps_left = 0
-    for _ in range(MAX_RUN_ITERATIONS):
+    for _ in range(most_iterations):
         decision = engine.default_decision()
         if steps_left == 0:
             draw_levers(rng, decision, spec)
@@ -212,32 +243,6 @@ def _ranges(features: np.ndarray) -> dict[str, list[float]]:
     return {name: [float(a), float(b)] for name, a, b in zip(COST_FEATURES, low, high, strict=True)}
 
 
-def _machine(engine: HFEngine) -> dict[str, Any]:
-    import torch
-
-    device = engine.model.device
-    row: dict[str, Any] = {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        row["device_name"] = torch.cuda.get_device_name(device)
-    return row
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _model(engine: HFEngine) -> dict[str, Any]:
     config = engine.model.config
     return {
@@ -245,10 +250,3 @@ def _model(engine: HFEngine) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "dtype": str(engine.model.dtype),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

@@ -12,7 +12,8 @@ from schedlab.envs.core import InputError
 from schedlab.envs.core.results import ResultsFile, RunKey, save_schedule, schedule_paths
 from schedlab.envs.request_scheduling.metrics import compute_metrics, metric_info
 from schedlab.envs.request_scheduling.timeline import Timeline
-from schedlab.experiments.validate import check_schedule, is_close, recompute, validate_folder
+from schedlab.experiments.validate import is_close, validate_folder
+from schedlab.experiments.validate_request_scheduling import check_schedule, recompute
 
 KEY = RunKey("request_scheduling", "by-hand", "all", "fcfs", "sim", "model", 0)
 
@@ -85,7 +86,7 @@ def test_policies_must_serve_the_same_requests(tmp_path, miniature, miniature_sp
     write_run(tmp_path, miniature, miniature_spec)
     other = replace(miniature, prompt_tokens=np.array([4, 2, 8, 99]))
     write_run(tmp_path, other, miniature_spec, replace(KEY, policy="srpt"))
-    assert [m.check for m in validate_folder(tmp_path).mismatches] == ["same requests"]
+    assert [m.check for m in validate_folder(tmp_path).mismatches] == ["same inputs"]
 
 
 TAMPERINGS = {
