@@ -42,7 +42,7 @@ class Args:
     """Number of paired seeds: each draws the inputs."""
     seed: int = 0
     """The first of them."""
-    time_budget: float = 1.0
+    time_budget: float | None = 1.0
     """Wall seconds for one decision; a policy that takes longer is not asked again in that run."""
     out: Path | None = None
     """Folder for results.csv and schedules/. Without it nothing is kept."""
@@ -57,7 +57,7 @@ def run_deployment(deployment: Deployment, seeds: Sequence[int], out: Path, resu
     evaluation = Evaluation(deployment.comparison, out, resume, deployment.fingerprints)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # failures are counted and printed by `show_deployment`
-        return evaluation.run([deployment.guard, *deployment.compared], seeds)
+        return evaluation.run(deployment.policies, seeds)
 
 
 def show_deployment(deployment: Deployment, rows: pd.DataFrame) -> None:
@@ -73,7 +73,7 @@ def show_deployment(deployment: Deployment, rows: pd.DataFrame) -> None:
         f"guard included, deciding takes {mine['decision_share']:.2%} of the backend's time"
     )
     counts = ", ".join(f"{number} {kind}" for kind, number in failures.items())
-    print(f"fallbacks to {deployment.default}: {sum(failures.values())} ({counts})")
+    print(f"fallbacks to {guard.default_name}: {sum(failures.values())} ({counts})")
 
 
 def deploy(args: Any) -> int:

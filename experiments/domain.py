@@ -100,10 +100,9 @@ class Deployment:
 
     comparison: Comparison
     guard: Any
-    """The policy, inside its guard (`real_backend.guard`)."""
-    compared: list[Policy]
-    default: str
-    """What the guard falls back to."""
+    """The policy inside its guard (`real_backend.guard`), which counts decisions and failures."""
+    policies: Sequence[Any]
+    """What is run, the guarded policy first."""
     fingerprints: dict[str, str | None]
 
 

@@ -158,6 +158,8 @@ def timelines(folder: Path, frame: pd.DataFrame, cell: pd.DataFrame, key: Any) -
     if not npz.exists() or not description.exists():
         return []
     picture = domain_module(domain).draw_run(npz, json.loads(description.read_text()))
+    if picture is None:
+        return []
     return [f'<p class="note">One run of {html.escape(policy)}, seed {run.seed}:</p>', figure(picture, "timeline")]
 
 

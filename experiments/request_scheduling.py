@@ -278,11 +278,11 @@ def open_deployment(args: DeployArgs, engine: Any = None, cost: CostModel | None
         args.workload, **wanted, cost=cost, length_scale=args.length_scale, kv_blocks=args.kv_blocks
     )
     engine.slo_classes = scenario.spec.slo_classes
+    guard = GuardedPolicy(find_policies([args.policy], scenario)[0], args.time_budget, on_failure=lambda *_: None)
     return Deployment(
         comparison=RequestComparison(scenario, engine, args.backend),
-        guard=GuardedPolicy(find_policies([args.policy], scenario)[0], args.time_budget, on_failure=lambda *_: None),
-        compared=find_policies([name for name in COMPARED if name != args.policy], scenario),
-        default="fcfs",
+        guard=guard,
+        policies=[guard, *find_policies([name for name in COMPARED if name != args.policy], scenario)],
         fingerprints={args.policy: fingerprint(args.policy)},
     )
 
