@@ -1,18 +1,21 @@
-"""Measure a real engine and fit the simulator's cost model to it.
+"""Measure a real backend and fit the simulator's cost model to it.
 
-Bursts of requests, random ones and some of the trace's training part, are run under random schedules; the seconds of
-an iteration are fitted by a non-negative linear model in its tokens and contexts. The file holds the coefficients, the
-error on runs that were held out, machine and versions.
+hf: bursts of requests, random ones and some of the trace's training part, are run under random schedules; the seconds
+of an iteration are fitted by a non-negative linear model in its tokens and contexts. experts: single experts and reads
+are timed, and training sequences decoded. The file holds the coefficients, the error on what was held out, machine and
+versions.
 
 Examples:
 
   schedlab calibrate hf --out cost.json
   schedlab calibrate hf --iterations 600 --repeats 2 --model path/to/a/model --device cuda --out cost.json
   schedlab evaluate request_scheduling --backend hf --cost-model cost.json
+  schedlab calibrate experts --workload moe --out experts.json
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +26,15 @@ import tyro
 
 from ..envs.core.errors import InputError
 from . import command
+from .domain import pick
 
 if TYPE_CHECKING:
     from ..real_backend.calibrate import Calibration
 
 
 @dataclass
-class Args:
-    """Arguments of `schedlab calibrate`."""
+class HfArgs:
+    """Arguments of `schedlab calibrate hf`."""
 
     backend: Annotated[Literal["hf"], tyro.conf.Positional] = "hf"
     """The engine: Hugging Face transformers' continuous batching."""
@@ -54,6 +58,34 @@ class Args:
     """Folder with trace files. Default: $SCHEDLAB_DATA, then the download cache."""
 
 
+@dataclass
+class ExpertsArgs:
+    """Arguments of `schedlab calibrate experts`."""
+
+    backend: Annotated[Literal["experts"], tyro.conf.Positional] = "experts"
+    """The engine: a Mixture-of-Experts model whose experts are read from a file."""
+    out: Path | None = None
+    """File for the cost model (JSON). Without it the model is only printed."""
+    tokens: int = 60
+    """Tokens of a run."""
+    repeats: int = 3
+    """Passes over all runs."""
+    workload: str = "moe"
+    """Routing trace whose training sequences are decoded, in the shape of whose model experts are made."""
+    sequences: tuple[int, ...] = (1,)
+    """Sequences that are decoded together: a run for each number."""
+    model: Path | None = None
+    """Folder of an OLMoE checkpoint. Default: random weights in the shape of the trace, which follow its routing."""
+    device: str = "cpu"
+    """Where the model runs."""
+    folder: Path | None = None
+    """Where the file of experts is written, on a disk (not tmpfs). Default: a temporary folder."""
+    seed: int = 0
+    """Of the schedules."""
+    data_dir: Path | None = None
+    """Folder with trace files. Default: $SCHEDLAB_DATA."""
+
+
 def measure_pass(calibration: Calibration, label: str = "calibrating") -> None:
     """`Calibration.measure_pass` with a progress bar that counts the engine's iterations."""
     engine: Any = calibration.engine
@@ -73,8 +105,8 @@ def measure_pass(calibration: Calibration, label: str = "calibrating") -> None:
             del engine.step
 
 
-def calibrate(args: Args) -> int:
-    """Run `schedlab calibrate`."""
+def calibrate_hf(args: HfArgs) -> int:
+    """Run `schedlab calibrate hf`."""
     from ..envs.request_scheduling.spec import COST_FEATURES
     from ..real_backend.calibrate import Calibration, write_calibration
     from .request_scheduling import open_engine
@@ -106,9 +138,61 @@ def calibrate(args: Args) -> int:
     return 0
 
 
+def calibrate_experts(args: ExpertsArgs) -> int:
+    """Run `schedlab calibrate experts`."""
+    from ..real_backend.calibrate_experts import ExpertCalibration, write_cost
+    from .expert_caching import find_trace, open_model
+
+    if args.repeats < 1:
+        raise InputError(f"repeats is {args.repeats}", remedy="Measure at least once")
+    training = find_trace(args.workload, "test", args.data_dir).training
+    backend = open_model(training, args)
+    calibration = ExpertCalibration(
+        backend.model,
+        training,
+        routing=backend.routing,
+        tokens=args.tokens,
+        num_sequences=args.sequences,
+        seed=args.seed,
+    )
+    with command.progress("calibrating", args.repeats * calibration.num_runs) as bar:
+        count = 0
+        for repeat in range(args.repeats):
+            for _ in calibration.measure_runs():
+                count += 1
+                bar(count, f"calibrating, pass {repeat + 1} of {args.repeats}")
+    cost, report = calibration.fit()
+    backend.close()
+    if args.out is not None:
+        write_cost(args.out, cost, report)
+    print(f"{cost.name}: {cost.source}")
+    for name in ("attention_s", "attention_token_s", "expert_s", "expert_token_s", "step_s", "load_s"):
+        print(f"  {name:<18}{getattr(cost, name):.4g}")
+    print(f"{'':22}{'seconds':>11}{'mean':>9}{'median':>9}")
+    for part, name in itertools.product(("fit", "held_out"), ("layer", "stall", "time")):
+        e = report[part][name]
+        print(f"{part:12}{name:10}{e['seconds']:>11.3g}{e['mean']:>+9.1%}{e['median']:>9.1%}")
+    if args.out is not None:
+        command.say(f"wrote {args.out}")
+    return 0
+
+
+ARGS: dict[str, type] = {"hf": HfArgs, "experts": ExpertsArgs}
+
+
+def calibrate(args: HfArgs | ExpertsArgs) -> int:
+    """Run `schedlab calibrate`."""
+    return calibrate_hf(args) if isinstance(args, HfArgs) else calibrate_experts(args)
+
+
+def args_for(argv: Sequence[str]) -> type:
+    """The arguments of the backend that is named first."""
+    return ARGS[pick(argv, list(ARGS))]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return command.run(Args, calibrate, argv, "calibrate", __doc__ or "")
+    return command.run(args_for, calibrate, argv, "calibrate", __doc__ or "")
 
 
 if __name__ == "__main__":

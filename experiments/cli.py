@@ -10,6 +10,11 @@ ENVS = {
     "schedlab/RequestScheduling-v0": (
         "LLM serving: which waiting requests enter the next engine iteration, and how many prefill tokens it may run"
     ),
+    "schedlab/ExpertCaching-v0": (
+        "Mixture-of-Experts offloading: which resident expert makes room for a missing one, and what is loaded ahead"
+    ),
+    "schedlab/ExpertPlacement-v0": "Mixture-of-Experts on several devices: which device holds which expert",
+    "schedlab/SocDag-v0": "task graphs on unlike processing elements: which ready task runs where, or waits",
 }
 """Env id -> what it decides."""
 
@@ -17,7 +22,7 @@ COMMANDS = {
     "envs": "the environments, one a line, with what each decides",
     "train": "train an agent by a preset",
     "evaluate": "compare policies on a trace, in the simulator or on a real engine",
-    "deploy": "serve a trace on a real engine under a policy",
+    "deploy": "run a real engine under a policy, guarded",
     "calibrate": "measure a real engine and fit the simulator's cost model",
     "fidelity": "compare simulator and engine under the same policies",
     "bench": "speeds of simulator, env, trainer and decisions",
@@ -36,6 +41,7 @@ def usage() -> str:
         "`schedlab COMMAND --help` explains a command with examples. To begin:",
         "",
         "  schedlab evaluate request_scheduling --policies fcfs sarathi_512 srpt agent --workload azure_conv",
+        "  schedlab evaluate expert_caching --policies lru ema_95 arc agent belady",
         "  schedlab deploy agent --backend hf --workload azure_conv",
     ]
     return "\n".join(lines)

@@ -484,7 +484,7 @@ def measured_cost(backend: RealModel, workload: Workload, seed: int) -> CostMode
         for count, _ in enumerate(calibration.measure_runs()):
             bar(count + 1)
     cost, report = calibration.fit()
-    command.say(f"no --cost-model given: fitted one (held-out total {report['held_out']['total']:+.1%})")
+    command.say(f"no --cost-model given: fitted one (held-out time {report['held_out']['time']['mean']:+.1%})")
     return cost
 
 

@@ -11,6 +11,7 @@ noise.
 
 Examples:
 
+  schedlab fidelity experts --help
   schedlab fidelity hf --json fidelity.json
   schedlab fidelity hf --cost-model cost.json --window 60 --repeats 2 --policies fcfs sarathi_512 srpt hopeless_last
 """
@@ -258,7 +259,12 @@ def show(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return command.run(Args, fidelity, argv, "fidelity", __doc__ or "")
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["experts"]:
+        from .fidelity_experts import main as fidelity_experts
+
+        return fidelity_experts(given[1:])
+    return command.run(Args, fidelity, given, "fidelity", __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.interface import Outcome
-from ..core.kernel import njit, njit_borrowed
+from ..core.kernel import UNCOUNTED, njit, njit_borrowed
 from .rule import Rule
 from .spec import ExpertCachingSpec
 from .state import (
@@ -554,7 +554,7 @@ def has_room(sim: Sim) -> bool:
     return not sim.books[0].recording or sim.books[0].num_loads + most <= len(sim.loads)
 
 
-@njit
+@njit(**UNCOUNTED)
 def run_rule(sim: Sim, decide, params, memory, decision: Decision) -> bool:
     """Run to the end under a compiled rule `decide(state, params, memory, decision)`.
 

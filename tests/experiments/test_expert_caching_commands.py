@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from schedlab.envs.core.results import read_results
 from schedlab.envs.expert_caching.workload import load_routing, save_routing
-from schedlab.experiments import evaluate, expert_caching, report
+from schedlab.experiments import calibrate, deploy, evaluate, expert_caching, report
 
 SHORT = ["--workload", "synthetic", "--window", "60", "--seeds", "2"]
 
@@ -116,3 +118,62 @@ def test_errors_are_clear_and_leave_nothing(tmp_path, capsys):
 def test_an_unknown_domain_is_refused(capsys):
     assert evaluate.main(["expert_cashing"]) == 2
     assert "request_scheduling, expert_caching" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- the real model
+
+
+@pytest.fixture
+def small_model(monkeypatch, tmp_path):
+    """Makes the models in the shape of a trace small, and keeps their files in a folder on a disk."""
+    from schedlab.real_backend import experts
+
+    build = experts.build_olmoe
+    monkeypatch.setattr(experts, "build_olmoe", lambda **sizes: build(**sizes | {"hidden": 64, "intermediate": 64}))
+    return ["--workload", "synthetic", "--folder", str(tmp_path)]
+
+
+def test_calibrate_evaluate_deploy_on_the_real_model(tmp_path, capsys, small_model, monkeypatch):
+    from schedlab.envs.expert_caching.spec import CostModel
+
+    cost, out = tmp_path / "cost.json", tmp_path / "out"
+    assert calibrate.main(["experts", *small_model, "--tokens", "110", "--repeats", "1", "--out", str(cost)]) == 0
+    assert "held_out" in capsys.readouterr().out
+    assert CostModel.load(cost).load_s > 0
+
+    real = [*small_model, "--window", "12", "--cost-model", str(cost)]
+    argv = ["expert_caching", *real, "--seeds", "1", "--backend", "experts", "--objective", "tokens_per_s"]
+    assert evaluate.main([*argv, "--policies", "lru", "affinity_prefetch", "belady", "--out", str(out)]) == 0
+    assert "on experts (wall" in capsys.readouterr().out
+    assert evaluate.main(["--validate", str(out)]) == 0
+
+    deployed = ["ema_95", "--backend", "experts", *real]
+    assert deploy.main(deployed) == 0
+    assert "fallbacks to LRU on demand: 0" in capsys.readouterr().out
+
+    class Broken:
+        name, is_oracle = "broken", False
+
+        def reset(self, state):
+            pass
+
+        def decide(self, state, decision):
+            raise ValueError("scores are not finite")
+
+    find = expert_caching.find_contender
+
+    def find_broken(name, base, trace):
+        found = find("lru" if name == "broken" else name, base, trace)
+        return replace(found, name="broken", make=lambda workload: Broken()) if name == "broken" else found
+
+    monkeypatch.setattr(expert_caching, "find_contender", find_broken)
+    assert deploy.main(["broken", *deployed[1:], "--out", str(tmp_path / "deployed")]) == 0
+    printed = capsys.readouterr().out
+    assert "raised" in printed and "fallbacks to LRU on demand: 0" not in printed
+    assert evaluate.main(["--validate", str(tmp_path / "deployed")]) == 0
+    assert "needs to know the future" in error_of_deploy(capsys, "belady", "--backend", "experts", *small_model)
+
+
+def error_of_deploy(capsys, *argv):
+    assert deploy.main([str(a) for a in argv]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
