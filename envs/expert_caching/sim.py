@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.interface import Outcome
-from ..core.kernel import UNCOUNTED, njit, njit_borrowed
+from ..core.kernel import UNCOUNTED, njit, njit_borrowed, njit_inlined
 from .rule import Rule
 from .spec import ExpertCachingSpec
 from .state import (
@@ -258,7 +258,7 @@ def cancel_queued(sim: Sim) -> None:
 # ------------------------------------------------------------------------------------------------- one epoch
 
 
-@njit_borrowed
+@njit_inlined
 def load_on_demand(sim: Sim, decision: Decision) -> float:
     """Load the late and the missing experts, and compute what is needed. Returns the stall in seconds.
 
@@ -371,7 +371,7 @@ def run_epoch(sim: Sim, decision: Decision) -> bool:
     return more
 
 
-@njit_borrowed
+@njit_inlined
 def begin_epoch(sim: Sim) -> bool:
     """Attention and gate of the next epoch: its needed and missing experts. False when there is none."""
     state, engine, books, cost = sim.state, sim.state.engine[0], sim.books[0], sim.cost[0]
@@ -434,7 +434,7 @@ def begin_step(sim: Sim) -> None:
                     state.known[ahead, b, layer, i] = -1 if token < 0 else sim.experts[token, layer, i]
 
 
-@njit_borrowed
+@njit_inlined
 def ask_gate(sim: Sim) -> None:
     """List the needed experts, count how many tokens use each, and write them into the history."""
     state, engine = sim.state, sim.state.engine[0]
@@ -462,7 +462,7 @@ def ask_gate(sim: Sim) -> None:
     engine.num_needed = num_needed
 
 
-@njit_borrowed
+@njit_inlined
 def book_uses(sim: Sim) -> None:
     """Update what the state says of the layer's experts, and list the missing ones."""
     state, engine = sim.state, sim.state.engine[0]
@@ -531,7 +531,7 @@ def show_predictions(sim: Sim) -> None:
                 row.predicted = max(row.predicted, sim.predicted_probability[token, target, i])
 
 
-@njit_borrowed
+@njit_inlined
 def show_channel(sim: Sim) -> None:
     """Bring up to date what the state says of the channel and of what is in flight."""
     engine, books = sim.state.engine[0], sim.books[0]
@@ -547,7 +547,7 @@ def show_channel(sim: Sim) -> None:
 # ----------------------------------------------------------------------------------------------- whole runs
 
 
-@njit_borrowed
+@njit_inlined
 def has_room(sim: Sim) -> bool:
     """True if the record has room for one more epoch."""
     most = len(sim.state.missing) + sim.state.engine[0].max_prefetch
