@@ -24,3 +24,8 @@ register(
     entry_point="schedlab.envs.expert_caching.placement:ExpertPlacementEnv",
     vector_entry_point="schedlab.envs.expert_caching.placement:ExpertPlacementVectorEnv",
 )
+register(
+    id="schedlab/SocDag-v0",
+    entry_point="schedlab.envs.soc_dag.env:SocDagEnv",
+    vector_entry_point="schedlab.envs.soc_dag.env:SocDagVectorEnv",
+)

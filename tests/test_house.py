@@ -86,15 +86,3 @@ def _text_files() -> list[Path]:
 
 def _plain() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-
-
-def test_kernels_are_cached_by_their_sources(tmp_path):
-    """A changed source must lead to another cache folder: numba alone would run kernels compiled from the old one."""
-    environ = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
-    code = "import os, schedlab.envs; print(os.environ['NUMBA_CACHE_DIR'])"
-    folders = [
-        subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert folders[0] == folders[1]
-    assert Path(folders[0].strip()).parent == tmp_path / "schedlab" / "numba"
