@@ -31,7 +31,7 @@ from .domain import DOMAINS
 class Args:
     """Arguments of `schedlab bench`."""
 
-    domain: Annotated[Literal["all", "request_scheduling", "expert_caching"], tyro.conf.Positional] = "all"
+    domain: Annotated[Literal["all", "request_scheduling", "expert_caching", "soc_dag"], tyro.conf.Positional] = "all"
     """What is scheduled."""
     json: Path | None = None
     """File for the rows."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DOMAINS = {
     "request_scheduling": "which requests enter the next iteration of an LLM serving engine",
     "expert_caching": "which experts of a Mixture-of-Experts model to evict, bypass, prefetch",
+    "soc_dag": "which task of which job on which processing element of a SoC",
 }
 """Domain -> what is decided."""
 BACKENDS = {"hf": "request_scheduling", "experts": "expert_caching"}

@@ -1,0 +1,244 @@
+"""The commands' side of scheduling task graphs on a SoC: its arguments, streams of jobs, and contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from ..envs.core.errors import InputError
+from . import evaluate
+from .domain import Moved, Served, check_named_once
+
+if TYPE_CHECKING:
+    from ..envs.soc_dag.rule import Rule
+    from ..envs.soc_dag.spec import Soc, SocDagSpec
+    from ..envs.soc_dag.workload import Stream, Workload
+
+DOMAIN = "soc_dag"
+PLOTTED = ("mean_latency", "makespan", "energy", "deadline_misses")
+"""Metrics with a plot of their own in a report."""
+OBJECTIVES = {
+    "latency": "mean_latency",
+    "makespan": "makespan",
+    "energy": "energy",
+    "edp": "edp",
+    "deadline": "deadline_misses",
+}
+"""Objective -> its metric."""
+DEADLINE_SLACK = 3.0
+"""Deadlines, as multiples of a job's shortest possible latency."""
+
+
+@dataclass
+class EvaluateArgs(evaluate.Args):
+    """Arguments of `schedlab evaluate soc_dag`."""
+
+    domain: Annotated[Literal["soc_dag"], tyro.conf.Positional] = "soc_dag"
+    """What is scheduled."""
+    policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
+    """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed."""
+    workload: str = "random"
+    """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
+    (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
+    gap: float = 0.0
+    """Mean us between arrivals (DS3's scale); 0: all jobs are there at the start."""
+    window: int = 1
+    """Jobs in a run."""
+    objective: Literal["latency", "makespan", "energy", "edp", "deadline"] = "latency"
+    """What the first column shows."""
+    noise: float = 0.0
+    """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
+    transfers: Literal["pull", "push"] = "pull"
+    """Data move when their consumer is bound (as in DS3), or as soon as they are made, wherever they may be needed."""
+    backend: Literal["sim"] = "sim"
+    """The simulator."""
+
+
+@dataclass
+class SocComparison:
+    """A `Comparison` of schedulers of task graphs, in the simulator."""
+
+    workload: str
+    soc: Soc
+    stream: Stream
+    spec: SocDagSpec
+    backend: Any
+    backend_name: str = "sim"
+    domain: str = field(default=DOMAIN, init=False)
+
+    def __post_init__(self) -> None:
+        arrivals = f"every {self.stream.gap_us:g} us" if self.stream.gap_us else "at once"
+        noise = f", {self.spec.noise} noise {self.spec.noise_sigma:g}" if self.spec.noise_sigma else ""
+        jobs = f"{self.stream.num_jobs} jobs {arrivals}" if self.stream.num_jobs > 1 else "1 job"
+        self.instance = f"{jobs} on {self.soc.name}{noise}, {self.spec.transfers}, {self.spec.objective}"
+        self.source = self.stream.source
+        first = OBJECTIVES[self.spec.objective]
+        others = ("mean_latency", "p95_latency", "mean_slowdown", "makespan", "energy", "deadline_misses")
+        self.columns: Sequence[str] = (first, *(name for name in others if name != first))
+
+    @property
+    def is_powered(self) -> bool:
+        """True if the SoC says what its PEs draw."""
+        return any(kind.power_w or kind.idle_w for kind in self.soc.kinds)
+
+    def draw(self, seed: int) -> Workload:
+        """Jobs and arrivals of a seed; the noise is drawn by it, too."""
+        return self.stream.draw(np.random.default_rng(seed))
+
+    def serve(self, policy: Any, workload: Workload, seed: int, moved: Moved) -> Served:
+        """One run, compiled, under the binding that the rule is published with."""
+        from ..envs.soc_dag.sim import Simulator
+
+        rule = rule_of(policy, workload, self.soc)
+        simulator = Simulator(self.spec.replace(binding=rule.binding))
+        simulator.reset(workload, seed)
+        simulator.run(rule)
+        return SocServed(simulator.timeline(), workload=workload)
+
+    def measure(self, served: Any) -> tuple[dict[str, float], dict[str, str]]:
+        """Latencies, makespan, energy, deadlines."""
+        from ..envs.soc_dag.metrics import compute_metrics
+
+        metrics = compute_metrics(served.timeline, served.workload, self.soc)
+        left_out = [] if self.is_powered else ["energy", "edp"]
+        left_out += ["deadline_misses"] if np.isnan(metrics["deadline_misses"]) else []
+        metrics = {name: value for name, value in metrics.items() if name not in left_out}
+        return metrics, {name: metric_info(name)[0] for name in metrics}
+
+    def about(self, policy: Any, workload: Workload, seed: int, out: Path) -> dict[str, Any]:
+        """The spec with the rule's binding, and the graphs of the jobs."""
+        rule = rule_of(policy, workload, self.soc)
+        return {
+            "spec": self.spec.replace(binding=rule.binding).to_dict(),
+            "seed": seed,
+            "kind_names": list(workload.kind_names),
+            "dags": [
+                {"name": d.name, "times": d.times.tolist(), "edges": d.edges.tolist(), "volumes": d.volumes.tolist()}
+                for d in workload.dags
+            ],
+            "dag_of_job": workload.dag_of_job.tolist(),
+            "arrival_us": workload.arrival_us.tolist(),
+            "deadline_us": [None if np.isinf(due) else due for due in workload.deadline_us.tolist()],
+            "workload": workload.source,
+        }
+
+
+@dataclass
+class SocServed(Served):
+    """`Served`, and what was served."""
+
+    workload: Any = None
+
+
+class _Model:
+    """Stands for the simulators, of which every run has its own."""
+
+    clock = "model"
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A static scheduler: its rule follows the plan of every graph of a workload."""
+
+    name: str
+    source: str = ""
+    is_oracle: bool = False
+
+
+def rule_of(policy: Any, workload: Workload, soc: Soc) -> Rule:
+    """The rule itself, or that which follows a planner's plans: of several jobs only where tasks run, for jobs that
+    keep to a planned order as well would wait for each other."""
+    from ..baselines.soc_static import STATIC, placement_rule, plan_rule
+    from ..envs.soc_dag.library import Graph
+
+    if not isinstance(policy, Planner):
+        return policy
+    plans = [STATIC[policy.name](Graph.of(dag, soc)) for dag in workload.dags]
+    follow = plan_rule if len(workload) == 1 else placement_rule
+    return follow(policy.name, plans, policy.source)
+
+
+def find_policies(names: Sequence[str]) -> list[Any]:
+    """The rules and planners of these names. Raises InputError."""
+    from ..baselines.soc_dag import RULES
+    from ..baselines.soc_static import STATIC
+
+    check_named_once(names)
+    found: list[Any] = []
+    for name in names:
+        if name in RULES:
+            found.append(RULES[name])
+        elif name in STATIC:
+            found.append(Planner(name, (STATIC[name].__doc__ or "").splitlines()[0]))
+        else:
+            close = get_close_matches(name, [*RULES, *STATIC], n=1)
+            raise InputError(
+                f"no policy is called {name!r}",
+                remedy=(f"Did you mean {close[0]!r}? " if close else "")
+                + f"Policies are {', '.join([*RULES, *STATIC])}",
+            )
+    return found
+
+
+def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[str, str | None]]:
+    """The comparison and its policies. Raises InputError."""
+    from ..envs.soc_dag.catalog import find_stream
+    from ..envs.soc_dag.spec import SocDagSpec
+
+    policies = find_policies(args.policies)
+    slack = DEADLINE_SLACK if args.objective == "deadline" else float("inf")
+    soc, stream = find_stream(args.workload, args.gap, args.window, slack=slack, data_dir=args.data_dir)
+    noise = "none" if args.noise == 0 else "normal" if args.workload.endswith("ds3") else "lognormal"
+    spec = SocDagSpec(soc, transfers=args.transfers, noise=noise, noise_sigma=args.noise, objective=args.objective)
+    comparison = SocComparison(args.workload, soc, stream, spec, _Model())
+    if args.objective in ("energy", "edp") and not comparison.is_powered:
+        raise InputError(f"SoC {soc.name!r} does not say what its PEs draw", remedy="Choose another objective, or ds3")
+    return comparison, policies, {}
+
+
+def is_oracle(policy: str) -> bool:
+    """No policy of this domain is given the future."""
+    return False
+
+
+def metric_info(name: str) -> tuple[str, bool | None]:
+    """(unit, lower is better) of a metric. Raises InputError."""
+    from ..envs.soc_dag.metrics import metric_info
+
+    return metric_info(name)
+
+
+def draw_run(timeline_path: Path, about: dict[str, Any]) -> Any:
+    """A Gantt chart of a saved run."""
+    from ..envs.soc_dag.render import draw_gantt
+    from ..envs.soc_dag.spec import SocDagSpec
+    from ..envs.soc_dag.timeline import Timeline
+
+    spec = SocDagSpec.from_dict(about["spec"])
+    return draw_gantt(Timeline.load(timeline_path), workload_of(about), spec.soc)
+
+
+def workload_of(about: dict[str, Any]) -> Workload:
+    """The jobs that a saved run's description holds. Raises InputError."""
+    from ..envs.soc_dag.workload import Dag, Workload
+
+    dags = [Dag.from_arrays(d["name"], d["times"], d["edges"], d["volumes"]) for d in about["dags"]]
+    deadlines = [np.inf if due is None else due for due in about["deadline_us"]]
+    return Workload.from_arrays(
+        "saved",
+        about["kind_names"],
+        dags,
+        about["dag_of_job"],
+        about["arrival_us"],
+        deadlines,
+        source=about["workload"],
+    )
