@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,11 @@ class TraceCells:
     """Requests in the test part, and in one training window."""
     num_windows: int
     """Training windows, spread evenly over what comes before the test part (they may overlap)."""
+    output_factors: tuple[float, ...] = (1.0,)
+    """Outputs of training windows are multiplied by these in turn: for traffic that drifts, as it will go on to do."""
 
 
-SMALL_SLO = dict(
+SMALL_SLO: dict[str, Any] = dict(
     one_class=(SloClass(ttft_s=1.0, tpot_s=0.15),),
     two_classes=(SloClass(ttft_s=1.0, tpot_s=0.10), SloClass(ttft_s=10.0, tpot_s=0.30)),
 )
@@ -56,6 +59,7 @@ TRACE_CELLS = {
         two_classes=(SloClass(ttft_s=5.0, tpot_s=0.15), SloClass(ttft_s=30.0, tpot_s=0.4)),
         num_requests=1300,
         num_windows=3,
+        output_factors=(1.0, 0.5, 2.0),  # the mean output falls from 200 tokens to 120 over the training part
     ),
 }
 
@@ -94,14 +98,19 @@ class Cell:
         """The held-out requests (the end of the trace); `seed` draws predictions and classes."""
         return self._loaded(-1, seed)
 
-    def train_workloads(self, seed: int = 1000) -> list[Workload]:
-        """Windows from the start of the trace, apart from the test part."""
-        return [self._loaded(i, seed + i) for i in range(TRACE_CELLS[self.trace].num_windows)]
+    def train_workloads(self, repetition: int = 0) -> list[Workload]:
+        """Windows from the start of the trace, apart from the test part.
 
-    def _loaded(self, window: int, seed: int) -> Workload:
-        slice_ = trace_slice(self.trace, window).with_predictor(0.8, seed)
+        Every repetition draws other predictions and classes, and takes the next of the `output_factors`.
+        """
+        cells = TRACE_CELLS[self.trace]
+        factor = cells.output_factors[repetition % len(cells.output_factors)]
+        return [self._loaded(i, 1000 + 10 * repetition + i, factor) for i in range(cells.num_windows)]
+
+    def _loaded(self, window: int, seed: int, output_factor: float = 1.0) -> Workload:
+        slice_ = trace_slice(self.trace, window, output_factor).with_predictor(0.8, seed)
         slice_ = slice_.with_classes(self.spec.slo_classes, seed)
-        return slice_.at_rate(self.load * capacity_rps(self.trace, window))
+        return slice_.at_rate(self.load * capacity_rps(self.trace, window, output_factor))
 
 
 def all_cells() -> list[Cell]:
@@ -110,7 +119,7 @@ def all_cells() -> list[Cell]:
 
 
 @lru_cache(maxsize=64)
-def trace_slice(trace: str, window: int) -> Workload:
+def trace_slice(trace: str, window: int, output_factor: float = 1.0) -> Workload:
     """Window `window` of the training part, or the test part (-1)."""
     cells = TRACE_CELLS[trace]
     workload = find_workload(trace)
@@ -121,15 +130,15 @@ def trace_slice(trace: str, window: int) -> Workload:
         return workload.window(len(workload) - n)
     last_start = len(workload) - 2 * n
     start = window * last_start // max(cells.num_windows - 1, 1)
-    return workload.window(start, start + n)
+    workload = workload.window(start, start + n)
+    return workload if output_factor == 1.0 else workload.scale_outputs(output_factor)
 
 
 @lru_cache(maxsize=64)
-def capacity_rps(trace: str, window: int) -> float:
+def capacity_rps(trace: str, window: int, output_factor: float = 1.0) -> float:
     """Requests per second of a saturated engine: every request of the slice there at time zero, Sarathi-2048."""
     cells = TRACE_CELLS[trace]
-    workload = trace_slice(trace, window)
-    workload = workload.at_rate(1e9)
+    workload = trace_slice(trace, window, output_factor).at_rate(1e9)
     simulator = Simulator(RequestSchedulingSpec(engine=cells.engine, cost=cells.cost), recording=False)
     simulator.reset(workload)
     simulator.run(RULES["sarathi_2048"])

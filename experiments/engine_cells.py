@@ -67,9 +67,9 @@ class EngineCell:
     def spec(self) -> RequestSchedulingSpec:
         return self.scenario.spec
 
-    def train_workloads(self, seed: int = 1000) -> list[Workload]:
-        """Windows of 1,000 requests from the training part of the trace; `seed` draws predictions and classes."""
-        return self.scenario.training_windows(4, seed)
+    def train_workloads(self, repetition: int = 0) -> list[Workload]:
+        """Windows of 1,000 requests from the training part; every repetition draws other predictions and classes."""
+        return self.scenario.training_windows(4, 1000 + 10 * repetition)
 
     def search_start(self, full_size: np.ndarray) -> np.ndarray:
         """Parameters of the `linear` family for the full-size engine, in this engine's tokens."""

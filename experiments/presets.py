@@ -119,7 +119,7 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
         (Task(cell.spec, workload), teachers[cell.name])
         for cell in trained_on
         for repetition in range(weight_of(cell))
-        for workload in cell.train_workloads(1000 + 10 * repetition)
+        for workload in cell.train_workloads(repetition)
     ]
     tasks, rules = [task for task, _ in pairs], [rule for _, rule in pairs]
 
@@ -158,7 +158,7 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
 
 
 def weight_of(cell: Any) -> int:
-    """How often a cell's tasks stand in the list, each time with other length predictions.
+    """How often a cell's tasks stand in the list, each time drawn anew (`train_workloads`).
 
     Orders by latency are the finest to imitate, and shared prefixes the least alike from training to test requests.
     """
@@ -185,8 +185,25 @@ def score_against(cells: Sequence[Cell], rules: dict[str, Rule], num_requests: i
     return evaluate
 
 
+def of_expert_caching(name: str) -> Callable[[int, DataDir], Recipe]:
+    """A preset of `expert_caching_presets`, which is imported when it is needed."""
+
+    def build(seed: int, data_dir: DataDir) -> Recipe:
+        from . import expert_caching_presets
+
+        recipe: Recipe = getattr(expert_caching_presets, name)(seed, data_dir)
+        return recipe
+
+    return build
+
+
 PRESETS: dict[str, Preset] = {
     "request_scheduling/agent": Preset("the shipped agent: every trace, load and objective; about an hour", agent),
     "request_scheduling/tiny": Preset("a minute: imitate SRPT on azure_conv, then a little PPO for mean latency", tiny),
+    "expert_caching/agent": Preset(
+        "evict, bypass and prefetch by learned scores, PPO on simulated stalls; a quarter of an hour",
+        of_expert_caching("agent"),
+    ),
+    "expert_caching/tiny": Preset("the same in some minutes: to see how it goes", of_expert_caching("tiny")),
 }
 """Presets by name."""

@@ -55,6 +55,11 @@ def magnify(state: State, shown: State, tokens: float, seconds: float) -> None:
     b.last_iteration_s = a.last_iteration_s / seconds
     b.ema_iteration_s = a.ema_iteration_s / seconds
     b.ema_arrival_gap_s = a.ema_arrival_gap_s / seconds
+    b.mean_arrival_gap_s = a.mean_arrival_gap_s / seconds
+    b.mean_prefill_tokens = a.mean_prefill_tokens * tokens
+    b.mean_query_context = a.mean_query_context * tokens**2
+    b.mean_decode_steps = a.mean_decode_steps * tokens
+    b.mean_decode_context = a.mean_decode_context * tokens**2
     b.iterations = a.iterations
     b.kv_blocks_free = a.kv_blocks_free
     b.kv_blocks_total = a.kv_blocks_total

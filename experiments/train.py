@@ -91,7 +91,9 @@ def run_train(args: Args) -> int:
     result = train_preset(args)
     agreed = "" if result.agreement is None else f"; after imitation it chose as its teacher in {result.agreement:.0%}"
     print(f"{result.final}: {result.decisions} decisions of PPO{agreed}")
-    command.say(f"compare it: schedlab evaluate request_scheduling --policies fcfs srpt {result.final}")
+    domain = args.preset.partition("/")[0]
+    beside = {"request_scheduling": "fcfs srpt", "expert_caching": "lru ema_95"}[domain]
+    command.say(f"compare it: schedlab evaluate {domain} --policies {beside} {result.final}")
     return 0
 
 

@@ -51,6 +51,7 @@ from ..envs.request_scheduling.state import (
     State,
     empty_decision,
     empty_state,
+    note_arrival,
     reset_decision,
 )
 from ..envs.request_scheduling.timeline import Timeline
@@ -370,17 +371,13 @@ class HFEngine:
         row["admission"] = -1
         row["slo_class"] = slo_class
         row["priority"], row["client"] = work.priority[request], work.client[request]
-        if request == 1:
-            engine["ema_arrival_gap_s"] = work.arrival_s[1] - work.arrival_s[0]
-        elif request > 1:
-            gap_s = work.arrival_s[request] - work.arrival_s[request - 1]
-            engine["ema_arrival_gap_s"] = 0.98 * engine["ema_arrival_gap_s"] + 0.02 * gap_s
         # The last token is never fed back: it needs neither a place in the cache nor a position.
         tokens = prompt + output - 1
         malformed = prompt < 1 or output < 1
         if malformed or self._blocks_for(tokens) > self.capacity.kv_blocks or tokens > self.max_positions:
             row["status"] = REFUSED
             self._num_refused += 1
+            note_arrival(self._state, request)
             return
         ids = prompt_token_ids(work, request, self.seed, self.vocab).tolist()
         self._hf.add(request, ids, output)
@@ -388,6 +385,7 @@ class HFEngine:
             self._hashes[request] = self._shareable_hashes(request, ids)
             row["cached_tokens"] = self._cached_tokens(request, 0)
         row["status"] = WAITING
+        note_arrival(self._state, request)
         self._state.waiting[engine["num_waiting"]] = request
         engine["num_waiting"] += 1
 

@@ -22,7 +22,18 @@ from ..core.interface import Outcome
 from ..core.kernel import UNCOUNTED, njit, njit_borrowed, njit_inlined
 from .rule import Rule
 from .spec import RequestSchedulingSpec
-from .state import FINISHED, REFUSED, RUNNING, WAITING, Decision, State, empty_decision, empty_state, reset_decision
+from .state import (
+    FINISHED,
+    REFUSED,
+    RUNNING,
+    WAITING,
+    Decision,
+    State,
+    empty_decision,
+    empty_state,
+    note_arrival,
+    reset_decision,
+)
 from .timeline import Timeline
 from .workload import Workload
 
@@ -54,7 +65,6 @@ BOOKS_DTYPE = np.dtype(
         ("num_full", "i8"),
         ("num_segments", "i8"),
         ("recording", "i8"),
-        ("last_arrival_s", "f8"),
         ("latency_s", "f8"),  # sum over requests of time in the system so far: ends as the sum of E2E latencies
         ("ttft_s", "f8"),  # sum of times to first token so far
         ("slo_met", "f8"),  # weight of finished requests that met both limits
@@ -220,18 +230,16 @@ def absorb_arrivals(sim: Sim) -> None:
         row.client = trace.client
         row.preemptions = 0
         engine.num_arrived += 1
-        gap = trace.arrival_s - books.last_arrival_s
-        if request == 1:
-            engine.ema_arrival_gap_s = gap
-        elif request > 1:
-            engine.ema_arrival_gap_s = 0.98 * engine.ema_arrival_gap_s + 0.02 * gap
-        books.last_arrival_s = trace.arrival_s
         tokens = trace.prompt_tokens + trace.output_tokens - 1
         if (tokens + engine.block_tokens - 1) // engine.block_tokens > engine.kv_blocks_total:
             row.status = REFUSED
             books.num_refused += 1
+            note_arrival(sim.state, request)
             continue
         row.status = WAITING
+        if engine.prefix_cache:
+            refresh_cached_tokens(sim, request)
+        note_arrival(sim.state, request)
         sim.tokens_left[request] = trace.output_tokens
         sim.state.waiting[engine.num_waiting] = request
         engine.num_waiting += 1
@@ -700,6 +708,11 @@ def start(sim: Sim, kv_blocks, block_tokens, max_batch_tokens, max_running, pref
     engine.last_iteration_s = 0.0
     engine.ema_iteration_s = 0.0
     engine.ema_arrival_gap_s = 0.0
+    engine.mean_arrival_gap_s = 0.0
+    engine.mean_prefill_tokens = 0.0
+    engine.mean_query_context = 0.0
+    engine.mean_decode_steps = 0.0
+    engine.mean_decode_context = 0.0
     engine.iterations = 0
     engine.kv_blocks_free = kv_blocks
     engine.kv_blocks_total = kv_blocks
@@ -721,7 +734,6 @@ def start(sim: Sim, kv_blocks, block_tokens, max_batch_tokens, max_running, pref
     books.decode_context = 0
     books.num_full = 0
     books.recording = recording
-    books.last_arrival_s = 0.0
     books.latency_s = 0.0
     books.ttft_s = 0.0
     books.slo_met = 0.0

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.kernel import njit
+from ..core.kernel import njit, njit_borrowed
 
 WAITING, RUNNING, FINISHED, REFUSED = 1, 2, 3, 4
 """Values of `requests["status"]`; 0 is a request that has not arrived."""
@@ -67,6 +67,13 @@ ENGINE_DTYPE = np.dtype(
         ("last_iteration_s", "f8"),  # duration of the latest iteration
         ("ema_iteration_s", "f8"),  # exponential mean of iteration durations, decay 0.9
         ("ema_arrival_gap_s", "f8"),  # exponential mean of the gaps between arrivals, decay 0.98
+        # Means over the latest arrivals (`note_arrival`): how often requests come, and what one brings of the work that
+        # the cost model counts (`spec.COST_FEATURES`). Together they are the load that is offered.
+        ("mean_arrival_gap_s", "f8"),
+        ("mean_prefill_tokens", "f8"),  # prompt tokens not in the prefix cache at arrival
+        ("mean_query_context", "f8"),  # these times the tokens before them
+        ("mean_decode_steps", "f8"),  # output tokens, predicted
+        ("mean_decode_context", "f8"),  # KV tokens that these steps read: also KV tokens held x steps
         ("iterations", "i8"),
         ("kv_blocks_free", "i8"),  # unreferenced cached blocks count as free
         ("kv_blocks_total", "i8"),
@@ -100,6 +107,10 @@ LEVERS_DTYPE = np.dtype(
 
 NO_LIMIT = 1 << 40
 
+MEMORY = 500
+"""Arrivals over which the engine's means are taken: about. Fewer say little of the load, as lengths vary tenfold and
+more; many more hide that it drifts."""
+
 
 class State(NamedTuple):
     """What a scheduler may know now. Request ids are row numbers of `requests`, in order of arrival."""
@@ -128,6 +139,28 @@ def empty_decision(num_requests: int) -> Decision:
     """A zeroed Decision for up to `num_requests` requests."""
     n = max(num_requests, 1)
     return Decision(np.zeros(1, LEVERS_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64))
+
+
+@njit_borrowed
+def note_arrival(state: State, request: int) -> None:
+    """Take a request into the engine's means over arrivals; its row has just been filled.
+
+    The n-th weighs 1 / min(n, MEMORY): a plain mean at first, then an exponential one. A refused request brings no
+    work.
+    """
+    engine, row = state.engine[0], state.requests[request]
+    if request > 0:
+        gap_s = row.arrival_s - state.requests[request - 1].arrival_s
+        engine.ema_arrival_gap_s += (0.02 if request > 1 else 1.0) * (gap_s - engine.ema_arrival_gap_s)
+        engine.mean_arrival_gap_s += (gap_s - engine.mean_arrival_gap_s) / min(request, MEMORY)
+    prefill = steps = 0.0
+    if row.status != REFUSED:
+        prefill, steps = float(row.prompt_tokens - row.cached_tokens), row.predicted_output_tokens
+    weight = 1.0 / min(request + 1, MEMORY)
+    engine.mean_prefill_tokens += weight * (prefill - engine.mean_prefill_tokens)
+    engine.mean_query_context += weight * (prefill * (row.prompt_tokens - 0.5 * prefill) - engine.mean_query_context)
+    engine.mean_decode_steps += weight * (steps - engine.mean_decode_steps)
+    engine.mean_decode_context += weight * (steps * (row.prompt_tokens + 0.5 * steps) - engine.mean_decode_context)
 
 
 @njit(cache=True)

@@ -23,7 +23,7 @@ OVERDUE_EVERY = 8
 """One admission in so many goes to the request that waited longest, once it waited longer than allowed: so whoever is
 passed over by a policy still waits a bounded time, and a backlog of the hopeless cannot take the whole engine."""
 
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
 
 CONTEXT_FEATURES = (
@@ -36,7 +36,10 @@ CONTEXT_FEATURES = (
     "tanh(oldest wait / TTFT limit / 4)",
     "recent iteration seconds / 0.2 (at most 4)",
     "recent iteration seconds / least TPOT limit running (at most 4)",
-    "log(recent arrival rate x mean prefill seconds waiting) / 4",
+    "log(load offered lately: by the last 50 arrivals) / 2, in [-1, 1]",
+    "log(load offered: by the last 500 arrivals), in [-1, 1]",
+    "log(KV tokens that would be held if none had to wait / KV tokens) / 4, in [-1, 1]",
+    "log1p(prefill seconds waiting) / 6",
     "picked / 16",
     "prefill tokens picked / 4096",
     "prefill tokens left of running requests / 4096",
@@ -419,20 +422,53 @@ def _write_context(state: State, problem: Problem, table: Table, context) -> Non
     context[6] = np.tanh(head.oldest_wait / 4.0)
     context[7] = min(engine.ema_iteration_s / 0.2, 4.0)
     context[8] = min(engine.ema_iteration_s / head.least_tpot_s, 4.0)
-    load = (head.waiting_tokens / waiting) * prefill_s / max(engine.ema_arrival_gap_s, 1e-4)
-    context[9] = min(max(np.log(load + 1e-3) / 4.0, -1.0), 1.0)
-    context[10] = head.num_picked / 16.0
-    context[11] = head.picked_tokens / 4096.0
-    context[12] = head.partial_tokens / 4096.0
-    context[13] = head.growth / (total * engine.block_tokens)
-    context[14] = min(head.picked_blocks / free, 2.0)
-    context[15] = head.outlived / running
-    context[16] = head.behind_tpot / running
-    context[17] = problem.mean_e2e[0]
-    context[18] = 1.0 - problem.mean_e2e[0]
-    context[19] = head.ttft_spread
-    context[20] = engine.prefix_cache
-    context[21] = head.victim
+    offered_s = _seconds_offered(engine, problem)
+    context[9] = _log_within(offered_s / max(engine.ema_arrival_gap_s, 1e-4), 2.0)
+    context[10] = _log_within(offered_s / max(engine.mean_arrival_gap_s, 1e-4), 1.0)
+    held = engine.mean_decode_context * engine.ema_iteration_s / max(engine.mean_arrival_gap_s, 1e-4)
+    context[11] = _log_within(held / (total * engine.block_tokens), 4.0)
+    context[12] = np.log1p(head.waiting_tokens * prefill_s) / 6.0
+    context[13] = head.num_picked / 16.0
+    context[14] = head.picked_tokens / 4096.0
+    context[15] = head.partial_tokens / 4096.0
+    context[16] = head.growth / (total * engine.block_tokens)
+    context[17] = min(head.picked_blocks / free, 2.0)
+    context[18] = head.outlived / running
+    context[19] = head.behind_tpot / running
+    context[20] = problem.mean_e2e[0]
+    context[21] = 1.0 - problem.mean_e2e[0]
+    context[22] = head.ttft_spread
+    context[23] = engine.prefix_cache
+    context[24] = head.victim
+
+
+@njit_borrowed
+def _log_within(ratio: float, most: float) -> float:
+    """log(ratio) / most, in [-1, 1]."""
+    return min(max(np.log(ratio + 1e-9) / most, -1.0), 1.0)
+
+
+@njit_borrowed
+def _seconds_offered(engine, problem: Problem) -> float:
+    """Engine seconds that a request brings, as the means over arrivals have it, in the batch that serves it best.
+
+    What the constant costs a request falls with the KV that a batch holds; what the product of queries and KV costs
+    rises with it. Divided by the gap between arrivals this is the load: 1 keeps the engine busy for ever.
+    """
+    cost = problem.cost
+    queries, context = engine.mean_prefill_tokens + engine.mean_decode_steps, engine.mean_decode_context
+    of_one = context / max(engine.mean_decode_steps, 1.0)
+    held = min(float(engine.kv_blocks_total * engine.block_tokens), engine.max_running * of_one)
+    if cost[5] * queries > 0.0:
+        held = min(held, np.sqrt(cost[0] * context / (cost[5] * queries)))
+    return (
+        cost[0] * context / max(held, 1.0)
+        + cost[1] * engine.mean_prefill_tokens
+        + cost[2] * engine.mean_decode_steps
+        + cost[3] * context
+        + cost[4] * engine.mean_query_context
+        + cost[5] * queries * held
+    )
 
 
 @njit_borrowed

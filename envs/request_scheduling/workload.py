@@ -250,6 +250,15 @@ class Workload:
             hash_block_tokens=new_block,
         ).validate()
 
+    def scale_outputs(self, factor: float) -> Workload:
+        """Outputs multiplied by `factor`, at least one token each; predictions are the true lengths again."""
+        if not 0 < factor <= _MAX_LENGTH_FACTOR:
+            raise self._error(
+                f"cannot have outputs scaled by {factor}", f"Give a positive factor, up to {_MAX_LENGTH_FACTOR:g}"
+            )
+        outputs = np.maximum(np.rint(self.output_tokens * factor), 1).astype(np.int64)
+        return self._with(f"outputs x {factor:.6g}", output_tokens=outputs).with_true_lengths()
+
     def with_predictor(self, rank_correlation: float, seed: int = 0) -> Workload:
         """Predicted lengths true * exp(sigma z), with sigma such that Spearman's correlation is the given one.
 

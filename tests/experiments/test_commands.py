@@ -228,6 +228,8 @@ def test_small_engine_in_full_size_units():
     assert shown.slo_classes[0].ttft_s == pytest.approx(scenario.full_spec.slo_classes[0].ttft_s)
 
     seen = {}
+    units = {"arrival_gap_s": 1 / scale.seconds, "prefill_tokens": 16, "query_context": 256}
+    units |= {"decode_steps": 16, "decode_context": 256}
 
     class Spy:
         name, is_oracle = "spy", False
@@ -239,12 +241,14 @@ def test_small_engine_in_full_size_units():
             row = state.requests[state.waiting[0]]
             seen.update(prompt=int(row["prompt_tokens"]), slo=float(row["ttft_slo_s"]))
             seen["default"] = int(decision.levers[0]["prefill_tokens"])
+            seen["means"] = [float(state.engine[0][f"mean_{name}"]) for name in units]
             decision.levers[0]["prefill_tokens"] = 500
 
     from schedlab.envs.request_scheduling.sim import Simulator
 
     simulator, workload = Simulator(spec), scenario.draw(0)
     simulator.reset(workload)
+    simulator.sim.state.engine[0]["mean_arrival_gap_s"] = 7.0  # there is none yet
     policy = ScaledPolicy(Spy(), scale)
     policy.reset(simulator.state())
     decision = simulator.default_decision()
@@ -253,6 +257,7 @@ def test_small_engine_in_full_size_units():
         "prompt": 16 * workload.prompt_tokens[0],
         "slo": pytest.approx(scenario.full_spec.slo_classes[0].ttft_s),
         "default": 8192,
+        "means": pytest.approx([simulator.state().engine[0][f"mean_{n}"] * k for n, k in units.items()]),
     }
     assert decision.levers[0]["prefill_tokens"] == 32  # 500 / 16, rounded up
 

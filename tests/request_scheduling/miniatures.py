@@ -147,7 +147,7 @@ def watch(simulator: Simulator, policy) -> list[str]:
             if new["preemptions"] > old["preemptions"]:
                 events.append(f"r{i} out")
                 old = dict(zip(old.dtype.names, old, strict=True), computed_tokens=0, admission=-1)
-            start = new["cached_tokens"] if new["admission"] != old["admission"] else old["computed_tokens"]
+            start = new["cached_tokens"] if new["admission"] > old["admission"] else old["computed_tokens"]
             if new["computed_tokens"] == start:
                 continue
             decodes = old["status"] == RUNNING and old["computed_tokens"] >= old["prefill_target"]

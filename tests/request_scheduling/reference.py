@@ -37,6 +37,7 @@ class Request:
     arrival_s: float
     prompt: int
     output: int
+    predicted: float
     hashes: list[int]
     generated: int = 0
     computed: int = 0
@@ -73,6 +74,7 @@ class ReferenceEngine:
                 float(workload.arrival_s[i]),
                 int(workload.prompt_tokens[i]),
                 int(workload.output_tokens[i]),
+                float(workload.predicted_output_tokens[i]),
                 workload.hash_ids[ends[i] : ends[i + 1]].tolist() if shares else [],
                 target=int(workload.prompt_tokens[i]),
             )
@@ -84,6 +86,7 @@ class ReferenceEngine:
         self.running: list[Request] = []
         self.finished: list[Request] = []
         self.refused: list[Request] = []
+        self.brought: list[tuple[float, ...]] = []  # of every arrival: prefill tokens, query context, steps, context
         self.admissions = 0
         self.unused = set(range(self.total))
         self.cached: dict[int, int] = {}  # hash -> physical block
@@ -154,6 +157,16 @@ class ReferenceEngine:
             most = request.prompt + request.output - 1
             fits = -(-most // self.size) <= self.total
             (self.waiting if fits else self.refused).append(request)
+            new = request.prompt - self.hits(request) * self.size
+            prefill = (new, new * (request.prompt - new / 2))
+            steps = (request.predicted, request.predicted * (request.prompt + request.predicted / 2))
+            self.brought.append((*prefill, *steps) if fits else (0.0, 0.0, 0.0, 0.0))
+
+    def means(self) -> list[float]:
+        """Over all arrivals: the gap between two, and what one brings."""
+        count = len(self.brought)
+        gap_s = (self.requests[count - 1].arrival_s - self.requests[0].arrival_s) / max(count - 1, 1) if count else 0.0
+        return [gap_s, *(sum(column) / count for column in zip(*self.brought, strict=True))] if count else [0.0] * 5
 
     def jump(self) -> bool:
         """Over idle time to the next arrival. False when all is done."""

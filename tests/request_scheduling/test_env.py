@@ -21,7 +21,7 @@ from schedlab.envs.request_scheduling.generate import generate
 from schedlab.envs.request_scheduling.metrics import compute_metrics
 from schedlab.envs.request_scheduling.sim import Simulator
 from schedlab.envs.request_scheduling.spec import TWO_CLASSES, EngineSpec, RequestSchedulingSpec
-from schedlab.envs.request_scheduling.state import WAITING, State
+from schedlab.envs.request_scheduling.state import MEMORY, WAITING, State, empty_state, note_arrival
 from schedlab.envs.request_scheduling.table import (
     CANDIDATE_FEATURES,
     CONTEXT_FEATURES,
@@ -386,6 +386,49 @@ def test_table_policy_and_env_make_the_same_choices(case):
     simulator.reset(task.workload)
     serve(simulator, TablePolicy("arbitrary", act, task.spec))
     assert through_env.tobytes() == simulator.sim.state.requests.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------- the load offered
+
+
+def test_means_over_arrivals_forget():
+    """A plain mean over the first MEMORY arrivals; after a change, two thirds of the new value MEMORY later."""
+    count = 2 * MEMORY + 1
+    state = empty_state(count)
+    for i in range(count):
+        row = state.requests[i]
+        row["arrival_s"] = i if i <= MEMORY else MEMORY + 3 * (i - MEMORY)
+        row["prompt_tokens"], row["cached_tokens"], row["status"] = 30 if i < MEMORY else 120, 10, WAITING
+        row["predicted_output_tokens"] = 4.0
+        note_arrival(state, i)
+        if i == MEMORY - 1:
+            assert state.engine[0]["mean_prefill_tokens"] == pytest.approx(20)
+            assert state.engine[0]["mean_query_context"] == pytest.approx(20 * (10 + 30) / 2)
+            assert state.engine[0]["mean_decode_context"] == pytest.approx(4 * (30 + 2))
+            assert state.engine[0]["mean_arrival_gap_s"] == pytest.approx(1)
+    assert state.engine[0]["mean_decode_steps"] == pytest.approx(4)
+    assert state.engine[0]["mean_arrival_gap_s"] == pytest.approx(3 - 2 / np.e, rel=0.01)
+    assert state.engine[0]["mean_prefill_tokens"] == pytest.approx(110 - 90 / np.e, rel=0.01)
+
+
+@pytest.mark.parametrize("load", [0.6, 0.9, 1.1, 1.5])
+def test_the_load_is_observed(load):
+    """The feature that says what load is offered against the load that was set, by a measured capacity."""
+    spec, workload = RequestSchedulingSpec(), generate("azure_conv", 400, seed=0).at_rate(1e9)
+    place = CONTEXT_FEATURES.index("log(load offered: by the last 500 arrivals), in [-1, 1]")
+    simulator = Simulator(spec)
+    simulator.reset(workload)
+    simulator.run(RULES["sarathi_2048"])
+    capacity = len(workload) / simulator.state().engine[0]["now_s"]
+    observed: list[float] = []
+
+    def default(obs: dict[str, np.ndarray]) -> int:
+        observed.append(float(obs["context"][place]))
+        return 0 if obs["action_mask"][0] else int(np.flatnonzero(obs["action_mask"])[-1])
+
+    simulator.reset(workload.at_rate(load * capacity))
+    serve(simulator, TablePolicy("default", default, spec))
+    assert np.exp(observed[-1]) == pytest.approx(load, rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------- bounded waiting

@@ -12,8 +12,9 @@ from reference import UNLIMITED, Plan, ReferenceEngine
 
 from schedlab.envs.request_scheduling.metrics import compute_metrics
 from schedlab.envs.request_scheduling.sim import Simulator, fast_forward, skip_idle
-from schedlab.envs.request_scheduling.state import FINISHED, REFUSED, RUNNING, WAITING
+from schedlab.envs.request_scheduling.state import ENGINE_DTYPE, FINISHED, REFUSED, RUNNING, WAITING
 
+MEANS = [name for name in ENGINE_DTYPE.names or () if name.startswith("mean_")]
 SETTINGS = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
@@ -53,6 +54,7 @@ def compare(simulator: Simulator, reference: ReferenceEngine) -> None:
     assert engine["num_finished"] == len(reference.finished)
     assert engine["num_preemptions"] == sum(r.preemptions for r in reference.requests)
     assert engine["kv_blocks_free"] == reference.free
+    np.testing.assert_allclose([engine[name] for name in MEANS], reference.means(), rtol=1e-9, atol=1e-9)
     assert (books["blocks_unused"], books["blocks_idle"]) == (len(reference.unused), len(reference.idle))
     assert books["num_refused"] == len(reference.refused)
     status = dict.fromkeys(waiting, WAITING) | dict.fromkeys(running, RUNNING)

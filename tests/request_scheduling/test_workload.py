@@ -221,6 +221,16 @@ def test_scale_lengths_without_hashes_rounds():
         Workload.from_arrays("w", [0], [10**8], [1]).scale_lengths(1000)
 
 
+def test_scale_outputs_by_hand(three):
+    half = three.scale_outputs(0.04).validate()
+    assert half.output_tokens.tolist() == [1, 1, 1] and half.prompt_tokens.tolist() == three.prompt_tokens.tolist()
+    longer = three.scale_outputs(1.5).validate()
+    assert longer.output_tokens.tolist() == longer.predicted_output_tokens.tolist() == [15, 30, 45]
+    assert "outputs x 1.5" in longer.source
+    with pytest.raises(InputError, match="scaled by 0"):
+        three.scale_outputs(0)
+
+
 def test_block_tokens_by_hand(three):
     w = three.with_block_tokens(2).validate()
     assert w.hash_block_tokens == 2
