@@ -1,12 +1,16 @@
-"""The learned eviction score as a cache policy over `State`: compiled, streaming, strictly causal.
+"""The learned expert cache as policies over `State`: compiled, streaming, strictly causal.
 
 `LearnedEviction` runs the network of `expert_caching_network` one epoch at a time: a token costs one step of the
 recurrence, an epoch the bookkeeping of its features, and only an epoch that must evict runs the copy kernel and scores
-its candidates. Where the batch interleaves sequences, each row has its own stream, and an expert is kept by the chance
-that any row needs it.
+the experts of its layer. Where the batch interleaves sequences, each row has its own stream, and an expert is kept by
+the chance that any row needs it.
 
-A checkpoint is a folder of `policy.safetensors`, `config.json` and `card.md`, read without torch. The three large
-tables are kept as int8 with a scale for every row, all else as float16.
+`LearnedCaching` also prefetches and bypasses. In every epoch `advise` writes what the network says into the state:
+`keep` for the experts of the present layer, `predicted` for those of the layer above. A rule over the state decides
+by these two columns (`rule_by_advice`), or a pointer network that sees them among the columns of the action table.
+
+A checkpoint is a folder of `policy.safetensors`, `config.json` and `card.md`, read without torch. The large tables are
+kept as int8 with a scale for every row, all else as float16.
 """
 
 from __future__ import annotations
@@ -19,39 +23,58 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ..envs.core.errors import InputError
-from ..envs.expert_caching.rule import evict_lowest
-from ..envs.expert_caching.sim import Simulator, run_rule
-from ..envs.expert_caching.state import Decision, State
+from ..envs.core.kernel import njit, njit_borrowed
+from ..envs.expert_caching.advice import Advice, stored
+from ..envs.expert_caching.rule import Rule, evict_lowest, prefetch
+from ..envs.expert_caching.sim import Sim, Simulator, has_room, run_epoch
+from ..envs.expert_caching.state import (
+    ABSENT,
+    AUTO,
+    BYPASS,
+    CANDIDATE,
+    FREE,
+    IN_USE,
+    Decision,
+    State,
+    is_taken,
+    reset_decision,
+    slot_kind,
+)
 from .expert_caching_features import (
     FEATURE_VERSION,
     NUM_COPIES,
     NUM_FEATURES,
     Stream,
     begin_token,
-    copy_future,
     empty_stream,
     observe_layer,
+    read_future,
+    read_layer_above,
+    weigh_past,
     write_features,
 )
 
 if TYPE_CHECKING:
-    from .expert_caching_network import EvictionNetwork
+    from ..envs.expert_caching.workload import Workload
+    from .expert_caching_network import EvictionNetwork, NextLayerHead, PortableNetwork
 
-FORMAT = "expert_caching/eviction/1"
+FORMAT = "expert_caching/eviction/2"
+SHIPPED = Path(__file__).parent / "shipped" / "expert_caching"
+"""Folder of the shipped scores."""
+
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "card.md"
-TABLES = ("embedding", "own", "channels")
+TABLES = ("embedding", "own", "channels", "above_own", "above_channels")
 """Arrays that are stored as int8; scales run along the last axis."""
 
 
 class Weights(NamedTuple):
-    """Weights of an `EvictionNetwork`, matrices as (inputs, outputs), all float32 and C-contiguous.
+    """Weights of an `EvictionNetwork` and a `NextLayerHead`, matrices as (inputs, outputs), float32, C-contiguous.
 
-    L layers, E experts, D width, I recurrences, K channels, H hidden, F features, O outputs.
+    L layers, E experts, D width, I recurrences, K channels, H and G hidden, F features, O outputs.
     """
 
     embedding: np.ndarray  # (L, E, D)
@@ -76,6 +99,18 @@ class Weights(NamedTuple):
     out_w: np.ndarray  # (F + K + H, O)
     out_b: np.ndarray  # (L, O)
     shares: np.ndarray  # (O,): cache sizes that the outputs are for, increasing
+    above_own: np.ndarray  # (L, E, D)
+    above_prefix_w: np.ndarray  # (D, D)
+    above_context_w: np.ndarray  # (D, D)
+    above_bias: np.ndarray  # (L, D)
+    above_middle_w: np.ndarray  # (D, D)
+    above_middle_b: np.ndarray  # (D,)
+    above_channels: np.ndarray  # (L, E, D)
+    above_channel_bias: np.ndarray  # (L, E)
+    above_hidden_w: np.ndarray  # (G, F + 1)
+    above_hidden_b: np.ndarray  # (L, G)
+    above_out_w: np.ndarray  # (G,)
+    above_feature_w: np.ndarray  # (F,)
 
 
 class Memory(NamedTuple):
@@ -84,15 +119,19 @@ class Memory(NamedTuple):
     streams: Stream  # every array with a leading axis B
     hidden: np.ndarray  # (B, I, D) float32: state of the recurrences
     context: np.ndarray  # (B, D) float32: what the tokens before say
+    above_context: np.ndarray  # (B, D) float32: the same for the head of the layer above
     prefix: np.ndarray  # (B, D) float32: sum of the present token's embeddings so far
     vector: np.ndarray  # (D,) float32: of the present token and layer
     scratch: np.ndarray  # (4, 2 D + E) float32
-    inputs: np.ndarray  # (F + K + H,) float32 of one expert
     copied: np.ndarray  # (NUM_COPIES, E) float32
-    table: np.ndarray  # (F, E) float32
-    logits: np.ndarray  # (O,) float32
+    table: np.ndarray  # (F + K, E) float32: features, then channels
+    unit: np.ndarray  # (E,) float32: of a hidden layer
+    logits: np.ndarray  # (O, E) float32
     scores: np.ndarray  # (L, E) float64: at the last visit of each layer
+    above: np.ndarray  # (E,) float32: log-odds of the layer above
+    unused: np.ndarray  # (E,) float32: P(no row needs it in the layer above)
     keys: np.ndarray  # (S,) float64
+    knobs: np.ndarray  # float64: `Knobs`
 
 
 def new_memory(weights: Weights, num_rows: int, top_k: int, num_slots: int) -> Memory:
@@ -104,14 +143,18 @@ def new_memory(weights: Weights, num_rows: int, top_k: int, num_slots: int) -> M
         np.zeros((num_rows, len(weights.gates_b), width), np.float32),
         np.zeros((num_rows, width), np.float32),
         np.zeros((num_rows, width), np.float32),
+        np.zeros((num_rows, width), np.float32),
         np.zeros(width, np.float32),
         np.zeros((4, 2 * width + num_experts), np.float32),
-        np.zeros(len(weights.out_w), np.float32),
         np.zeros((NUM_COPIES, num_experts), np.float32),
-        np.zeros((NUM_FEATURES, num_experts), np.float32),
-        np.zeros(weights.out_w.shape[1], np.float32),
+        np.zeros((NUM_FEATURES + weights.channel_bias.shape[2], num_experts), np.float32),
+        np.zeros(num_experts, np.float32),
+        np.zeros((weights.out_w.shape[1], num_experts), np.float32),
         np.zeros((num_layers, num_experts)),
+        np.zeros(num_experts, np.float32),
+        np.zeros(num_experts, np.float32),
         np.zeros(num_slots),
+        np.array(Knobs(), np.float64),
     )
 
 
@@ -194,6 +237,8 @@ def observe(weights: Weights, memory: Memory, b: int, layer: int, position: int,
             context[:] = 0
         else:
             end_token(weights, hidden, context, prefix, memory.scratch)
+        memory.above_context[b] = 0
+        add_product(context, weights.above_context_w, memory.above_context[b])
         prefix[:] = 0
         begin_token(stream, position)
     observe_layer(stream, layer, used)
@@ -205,8 +250,11 @@ def observe(weights: Weights, memory: Memory, b: int, layer: int, position: int,
 
 
 @njit(cache=True, fastmath=True)
-def prepare_scores(weights: Weights, memory: Memory, b: int, layer: int, used) -> None:
-    """Write the token's vector and the feature table of row b, from which `score_expert` works."""
+def prepare_scores(weights: Weights, memory: Memory, b: int, layer: int, used, num_past: int, match) -> None:
+    """Write the token's vector and the feature table of row b, from which `score_layer` works.
+
+    `num_past` and `match` are what `weigh_past` returned for this row and layer.
+    """
     stream = row_of(memory.streams, b)
     prefix, context, vector = memory.prefix[b], memory.context[b], memory.vector
     scale, width = weights.prefix_scale[layer], len(vector)
@@ -224,7 +272,7 @@ def prepare_scores(weights: Weights, memory: Memory, b: int, layer: int, used) -
     silu(more)
     for i in range(width):
         vector[i] += more[i]
-    match = copy_future(stream, layer, memory.copied)
+    read_future(stream, layer, num_past, memory.copied)
     write_features(
         stream.frequency[layer],
         stream.in_sequence[layer],
@@ -238,69 +286,189 @@ def prepare_scores(weights: Weights, memory: Memory, b: int, layer: int, used) -
 
 
 @njit(cache=True, fastmath=True)
-def score_expert(weights: Weights, memory: Memory, layer: int, expert: int) -> None:
-    """Write the outputs for one expert into `memory.logits` (O,), after `prepare_scores`."""
-    inputs, vector, num_channels = memory.inputs, memory.vector, weights.channel_bias.shape[2]
-    for f in range(NUM_FEATURES):
-        inputs[f] = memory.table[f, expert]
-    for k in range(num_channels):
-        row, total = weights.channels[layer, expert, k], weights.channel_bias[layer, expert, k]
-        for i in range(len(vector)):
+def score_layer(weights: Weights, memory: Memory, layer: int) -> None:
+    """Write the outputs for all experts into `memory.logits` (O, E), after `prepare_scores`."""
+    table, vector, unit, logits = memory.table, memory.vector, memory.unit, memory.logits
+    num_channels, num_inputs, num_experts = weights.channel_bias.shape[2], len(table), table.shape[1]
+    for e in range(num_experts):
+        for k in range(num_channels):
+            row, total = weights.channels[layer, e, k], weights.channel_bias[layer, e, k]
+            for i in range(len(vector)):
+                total += vector[i] * row[i]
+            table[NUM_FEATURES + k, e] = total
+    for o in range(len(logits)):
+        logits[o] = weights.out_b[layer, o]
+    for f in range(num_inputs):
+        add_scaled(table[f], weights.out_w[f], logits)
+    for h in range(weights.hidden_b.shape[1]):
+        unit[:] = weights.hidden_b[layer, h]
+        for f in range(num_inputs):
+            factor, row = weights.hidden_w[f, h], table[f]
+            for e in range(num_experts):
+                unit[e] += factor * row[e]
+        for e in range(num_experts):
+            unit[e] = max(unit[e], np.float32(0.0))
+        add_scaled(unit, weights.out_w[num_inputs + h], logits)
+
+
+@njit(cache=True, fastmath=True)
+def add_scaled(row, factors, out) -> None:
+    """out[o] += factors[o] * row for every o."""
+    for o in range(len(factors)):
+        factor, total = factors[o], out[o]
+        for e in range(len(row)):
+            total[e] += factor * row[e]
+
+
+@njit(cache=True, fastmath=True)
+def score_layer_above(weights: Weights, memory: Memory, b: int, layer: int, used, num_past: int, match) -> None:
+    """Write the log-odds that row b's token uses each expert of the layer above into `memory.above` (E,).
+
+    `num_past` and `match` are what `weigh_past` returned for this row and layer.
+    """
+    stream, vector, width = row_of(memory.streams, b), memory.vector, len(memory.vector)
+    above, table, num_experts = (layer + 1) % len(weights.layer_bias), memory.table, memory.table.shape[1]
+    logits, unit = memory.above, memory.unit
+    vector[:] = weights.above_bias[layer]
+    for i in range(width):
+        vector[i] += memory.above_context[b, i]
+    add_product(memory.prefix[b], weights.above_prefix_w, vector)
+    for e in used:
+        if e >= 0:
+            row = weights.above_own[layer, e]
+            for i in range(width):
+                vector[i] += row[i]
+    silu(vector)
+    more = memory.scratch[0, :width]
+    more[:] = weights.above_middle_b
+    add_product(vector, weights.above_middle_w, more)
+    silu(more)
+    for i in range(width):
+        vector[i] += more[i]
+    for e in range(num_experts):
+        row, total = weights.above_channels[layer, e], weights.above_channel_bias[layer, e]
+        for i in range(width):
             total += vector[i] * row[i]
-        inputs[NUM_FEATURES + k] = total
-    known = NUM_FEATURES + num_channels
-    hidden = inputs[known:]
-    hidden[:] = weights.hidden_b[layer]
-    add_product(inputs[:known], weights.hidden_w, hidden)
-    for i in range(len(hidden)):
-        hidden[i] = max(hidden[i], np.float32(0.0))
-    memory.logits[:] = weights.out_b[layer]
-    add_product(inputs, weights.out_w, memory.logits)
+        logits[e] = total
+    read_layer_above(stream, layer, num_past, memory.copied)
+    write_features(
+        stream.frequency[above],
+        stream.in_sequence[above],
+        stream.age[above],
+        stream.place[2],
+        memory.copied,
+        match,
+        memory.scratch[0, :num_experts],
+        table,
+    )
+    channel = memory.scratch[1, :num_experts]
+    channel[:] = logits
+    for h in range(len(weights.above_out_w)):
+        unit[:] = weights.above_hidden_b[layer, h]
+        for f in range(NUM_FEATURES):
+            factor, row = weights.above_hidden_w[h, f], table[f]
+            for e in range(num_experts):
+                unit[e] += factor * row[e]
+        factor, out = weights.above_hidden_w[h, NUM_FEATURES], weights.above_out_w[h]
+        for e in range(num_experts):
+            logits[e] += out * max(unit[e] + factor * channel[e], np.float32(0.0))
+    for f in range(NUM_FEATURES):
+        factor, row = weights.above_feature_w[f], table[f]
+        for e in range(num_experts):
+            logits[e] += factor * row[e]
 
 
 @njit(cache=True)
-def for_share(logits, shares, share: float) -> float:
+def for_share(logits, expert: int, shares, share: float) -> float:
     """The output for a cache of this share of the experts, interpolated between the sizes that outputs are for."""
     last = len(shares) - 1
     if share <= shares[0]:
-        return logits[0]
+        return logits[0, expert]
     for i in range(last):
         if share < shares[i + 1]:
             part = (share - shares[i]) / (shares[i + 1] - shares[i])
-            return (1 - part) * logits[i] + part * logits[i + 1]
-    return logits[last]
+            return (1 - part) * logits[i, expert] + part * logits[i + 1, expert]
+    return logits[last, expert]
+
+
+@njit(cache=True)
+def hear_gate(state: State, weights: Weights, memory: Memory) -> None:
+    """Take note of what the gate of the present layer chose, in every row."""
+    engine, history = state.engine[0], state.history
+    for b in range(engine.num_sequences):
+        row = state.sequences[b]
+        if row.sequence >= 0:
+            used = history[b, (row.served - 1) % history.shape[1], engine.layer]
+            observe(weights, memory, b, engine.layer, row.position, used)
+
+
+@njit(cache=True)
+def score_rows(state: State, weights: Weights, memory: Memory, above: bool) -> None:
+    """Write `memory.scores` of the present layer's experts: -log P(no row needs it soon).
+
+    With `above` also `memory.unused`: P(no row needs it in the layer above).
+    """
+    engine, num_experts = state.engine[0], state.experts.shape[1]
+    layer, scores, unused = engine.layer, memory.scores[engine.layer], memory.unused
+    num_slots = state.layers[layer].end_slot - state.layers[layer].first_slot
+    share = num_slots / (state.experts.size if engine.pooled else num_experts)
+    scores[:] = 0
+    unused[:] = 1
+    for b in range(engine.num_sequences):
+        row = state.sequences[b]
+        if row.sequence < 0:
+            continue
+        used = state.history[b, (row.served - 1) % state.history.shape[1], layer]
+        num_past, match = weigh_past(row_of(memory.streams, b), layer)
+        prepare_scores(weights, memory, b, layer, used, num_past, match)
+        score_layer(weights, memory, layer)
+        for e in range(num_experts):
+            logit = for_share(memory.logits, e, weights.shares, share)
+            scores[e] += np.log1p(np.exp(logit))  # up to rounding of the product
+        if above:
+            score_layer_above(weights, memory, b, layer, used, num_past, match)
+            for e in range(num_experts):
+                unused[e] /= np.float32(1.0) + np.exp(memory.above[e])
 
 
 @njit(cache=True)
 def decide_learned(state: State, weights: Weights, memory: Memory, decision: Decision) -> None:
     """Evict the candidate that is least likely to be needed soon by any row. Called in every epoch, in order."""
-    engine, experts, slots, history = state.engine[0], state.experts, state.slots, state.history
-    layer, num_experts, scores = engine.layer, experts.shape[1], memory.scores[engine.layer]
-    window, pooled = history.shape[1], engine.pooled != 0
-    for b in range(engine.num_sequences):
-        row = state.sequences[b]
-        if row.sequence >= 0:
-            observe(weights, memory, b, layer, row.position, history[b, (row.served - 1) % window, layer])
-    if engine.num_missing == 0 and not pooled:
+    engine, slots = state.engine[0], state.slots
+    hear_gate(state, weights, memory)
+    if engine.num_missing == 0 and engine.pooled == 0:
         return
-    first, end = state.layers[layer].first_slot, state.layers[layer].end_slot
-    share = (end - first) / (experts.size if pooled else num_experts)
-    scores[:] = 0
-    for b in range(engine.num_sequences):
-        row = state.sequences[b]
-        if row.sequence < 0:
-            continue
-        prepare_scores(weights, memory, b, layer, history[b, (row.served - 1) % window, layer])
-        for e in range(num_experts):
-            if pooled or (experts[layer, e].slot >= 0 and experts[layer, e].needed == 0):
-                score_expert(weights, memory, layer, e)
-                logit = for_share(memory.logits, weights.shares, share)
-                scores[e] += np.log1p(np.exp(logit))  # -log P(no row needs it soon), up to rounding of the product
-    for slot in range(first, end):
+    score_rows(state, weights, memory, False)
+    for slot in range(state.layers[engine.layer].first_slot, state.layers[engine.layer].end_slot):
         held = slots[slot]
         if held.expert >= 0:
             memory.keys[slot] = memory.scores[held.layer, held.expert]
     evict_lowest(state, memory.keys, decision)
+
+
+@njit(cache=True)
+def advise(state: State, weights: Weights, memory: Memory) -> None:
+    """Write `keep` of the present layer's experts, and `predicted` of those above. Called in every epoch, in order."""
+    layer = state.engine[0].layer
+    above = (layer + 1) % state.engine[0].num_layers
+    hear_gate(state, weights, memory)
+    score_rows(state, weights, memory, True)
+    for e in range(state.experts.shape[1]):
+        state.experts[layer, e].keep = 1.0 - np.exp(-memory.scores[layer, e])
+        state.experts[layer, e].predicted = 0.0
+        state.experts[above, e].predicted = 1.0 - memory.unused[e]
+
+
+@njit
+def run_learned(sim: Sim, decide, params, memory, decision: Decision) -> bool:
+    """`sim.run_rule` for kernels that slice arrays, and therefore count references."""
+    while not sim.books[0].done:
+        if not has_room(sim):
+            return False
+        reset_decision(sim.state, decision)
+        decide(sim.state, params, memory, decision)
+        run_epoch(sim, decision)
+    return True
 
 
 class LearnedEviction:
@@ -337,7 +505,190 @@ class LearnedEviction:
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""
         self.reset(simulator.state())
-        while not run_rule(simulator.sim, decide_learned, self.weights, self.memory, simulator.default_decision()):
+        while not run_learned(simulator.sim, decide_learned, self.weights, self.memory, simulator.default_decision()):
+            simulator.make_room()
+
+
+# ------------------------------------------------------------------------------------------- prefetch and bypass
+
+
+class Knobs(NamedTuple):
+    """What `by_advice` is decided by; tuned on real stalls (`experiments/expert_caching_stalls.py`)."""
+
+    bypass_margin: float = 0.0
+    """A missing expert is streamed if its `keep` does not exceed the lowest resident one by this much."""
+    keep_weight: float = 0.5
+    """Loads that a copy is worth, per unit of `keep`."""
+    prefetch_margin: float = 0.05
+    """Loads that a prefetch must be expected to save, net of its victim."""
+
+
+@njit_borrowed
+def keep_best(state, keys, margin, decision):
+    """Victims with bypass: keep the best by `keep` of what is there and what comes in, stream the rest.
+
+    Missing experts are taken from the highest `keep` down, each into a free slot, else into that of the lowest key, if
+    its own exceeds that by `margin`. Experts in use may go: they are done with when the layer is.
+    """
+    engine, experts, slots, victims = state.engine[0], state.experts, state.slots, decision.victims
+    layer, first, end = engine.layer, state.layers[engine.layer].first_slot, state.layers[engine.layer].end_slot
+    for slot in range(first, end):
+        kind, held = slot_kind(experts, slots, layer, slot), slots[slot]
+        keys[slot] = np.inf  # may not be taken
+        if kind == FREE:
+            keys[slot] = -np.inf
+        elif kind in (CANDIDATE, IN_USE):
+            keys[slot] = experts[held.layer, held.expert].keep
+    for i in range(engine.num_missing):
+        victims[i] = AUTO
+    for _ in range(engine.num_missing):
+        best, lowest = -1, first
+        for i in range(engine.num_missing):
+            keep = experts[layer, state.missing[i]].keep
+            if victims[i] == AUTO and (best < 0 or keep > experts[layer, state.missing[best]].keep):
+                best = i
+        for slot in range(first, end):
+            lowest = slot if keys[slot] < keys[lowest] else lowest
+        if first < end and keys[lowest] < experts[layer, state.missing[best]].keep - margin:
+            victims[best] = lowest
+            keys[lowest] = np.inf
+        else:
+            victims[best] = BYPASS
+
+
+@njit_borrowed
+def prefetch_best(state, keep_weight, margin, decision):
+    """Prefetch for the layer above as long as a load is expected to save more than its victim was worth.
+
+    In loads: gain = P(needed) * share of the load that is done when it is asked for + keep_weight * keep, the victim's
+    worth = P(needed) + keep_weight * keep. The channel is free for prefetches once it has read what is missing now,
+    until the next gate.
+    """
+    engine, experts, slots, plan = state.engine[0], state.experts, state.slots, decision.plan[0]
+    above = (engine.layer + 1) % engine.num_layers
+    if above == engine.layer or engine.load_s <= 0.0:
+        return
+    compute_s = engine.num_needed * engine.expert_s
+    busy_s = engine.channel_s + engine.num_missing * engine.load_s
+    window_s = engine.attention_s + max(compute_s - busy_s, engine.expert_s if busy_s > 0.0 else compute_s)
+    while plan.num_prefetch < engine.max_prefetch:
+        done = min(1.0, window_s / engine.load_s - plan.num_prefetch)
+        if done <= 0.0:
+            return
+        best, gain = -1, -np.inf
+        for e in range(engine.num_experts):
+            row = experts[above, e]
+            value = row.predicted * done + keep_weight * row.keep
+            if row.status == ABSENT and value > gain and not is_asked(decision, above, e):
+                best, gain = e, value
+        victim, worth = -1, np.inf
+        for slot in range(state.layers[above].first_slot, state.layers[above].end_slot):
+            kind, held = slot_kind(experts, slots, engine.layer, slot), slots[slot]
+            if kind > CANDIDATE or is_taken(
+                decision.victims, engine.num_missing, decision.prefetch, plan.num_prefetch, slot
+            ):
+                continue
+            row = experts[held.layer, held.expert]
+            value = -np.inf if kind == FREE else row.predicted + keep_weight * row.keep
+            if value < worth:
+                victim, worth = slot, value
+        if best < 0 or victim < 0 or gain - max(worth, 0.0) <= margin:
+            return
+        prefetch(state, decision, above, best, victim)
+
+
+@njit_borrowed
+def is_asked(decision, layer, expert):
+    """True if the decision has this prefetch."""
+    for j in range(decision.plan[0].num_prefetch):
+        if decision.prefetch[j, 0] == layer and decision.prefetch[j, 1] == expert:
+            return True
+    return False
+
+
+@njit_borrowed
+def by_advice(state, params, memory, decision):
+    """Evict, bypass and prefetch by what a predictor wrote into `keep` and `predicted`. params: `Knobs`."""
+    engine, keys = state.engine[0], memory
+    if engine.bypass:
+        keep_best(state, keys, params[0], decision)
+    elif engine.num_missing > 0:
+        for slot in range(state.layers[engine.layer].first_slot, state.layers[engine.layer].end_slot):
+            held = state.slots[slot]
+            if held.expert >= 0:
+                keys[slot] = state.experts[held.layer, held.expert].keep
+        evict_lowest(state, keys, decision)
+    prefetch_best(state, params[1], params[2], decision)
+
+
+def advice_rule(knobs: Knobs | None = None) -> Rule:
+    """`by_advice` as a `Rule`: it needs a state whose `keep` and `predicted` somebody writes."""
+    knobs = knobs or Knobs()
+    return Rule("advice", by_advice, tuple(knobs), memory_per_expert=1, source="the learned score")
+
+
+@njit(cache=True)
+def decide_advised(state: State, weights: Weights, memory: Memory, decision: Decision) -> None:
+    """`advise`, then `by_advice`. Called in every epoch, in order."""
+    advise(state, weights, memory)
+    by_advice(state, memory.knobs, memory.keys, decision)
+
+
+@njit(cache=True)
+def foresee(weights: Weights, memory: Memory, experts, positions, share: float, keep, above) -> None:
+    """Fill `Advice` for one sequence after the other: experts (T, L, k), positions (T,) in their sequences."""
+    num_tokens, num_layers, _ = experts.shape
+    for t in range(num_tokens):
+        for layer in range(num_layers):
+            used = experts[t, layer]
+            observe(weights, memory, 0, layer, positions[t], used)
+            num_past, match = weigh_past(row_of(memory.streams, 0), layer)
+            prepare_scores(weights, memory, 0, layer, used, num_past, match)
+            score_layer(weights, memory, layer)
+            for e in range(keep.shape[2]):
+                logit = for_share(memory.logits, e, weights.shares, share)
+                keep[t, layer, e] = stored(1.0 / (1.0 + np.exp(-logit)))
+            score_layer_above(weights, memory, 0, layer, used, num_past, match)
+            for e in range(keep.shape[2]):
+                above[t, layer, e] = stored(1.0 / (1.0 + np.exp(-memory.above[e])))
+
+
+def advice_for(weights: Weights, workload: Workload, share: float) -> Advice:
+    """What the network says at every token, for caches of this share of the experts: about 2 CPU-ms a token."""
+    shape = (workload.num_tokens, workload.num_layers, workload.num_experts)
+    advice = Advice(np.empty(shape, np.uint8), np.empty(shape, np.uint8))
+    memory = new_memory(weights, 1, workload.top_k, 1)
+    foresee(weights, memory, workload.experts, workload.token_position, share, *advice)
+    return advice
+
+
+class LearnedCaching(LearnedEviction):
+    """The learned scores as a `Policy` that evicts, prefetches where the spec allows it, and bypasses.
+
+    Args:
+        name: shown in results.
+        weights: from `load_eviction` or `pack_eviction`.
+        top_k: experts a token of the model that the weights are for.
+        knobs: of `by_advice`.
+    """
+
+    def __init__(self, name: str, weights: Weights, top_k: int, knobs: Knobs | None = None) -> None:
+        super().__init__(name, weights, top_k)
+        self.knobs = knobs or Knobs()
+
+    def reset(self, state: State) -> None:
+        """Forget the previous run. Raises InputError if the weights are for a model of another shape."""
+        super().reset(state)
+        self.memory = self.memory._replace(knobs=np.array(self.knobs, np.float64))
+
+    def decide(self, state: State, decision: Decision) -> None:
+        """Write the decision for `state` into `decision`; to be called in every epoch."""
+        decide_advised(state, self.weights, self.memory, decision)
+
+    def run(self, simulator: Simulator) -> None:
+        """Serve the simulator's whole workload, compiled."""
+        self.reset(simulator.state())
+        while not run_learned(simulator.sim, decide_advised, self.weights, self.memory, simulator.default_decision()):
             simulator.make_room()
 
 
@@ -348,11 +699,14 @@ def _told(shape: tuple[int, int, int]) -> str:
 # ------------------------------------------------------------------------------------------------- checkpoints
 
 
-def pack_eviction(network: EvictionNetwork) -> Weights:
-    """The weights of a torch network for the kernels."""
+def pack_eviction(network: EvictionNetwork, head: NextLayerHead) -> Weights:
+    """The weights of a torch network and its head for the kernels."""
     from .expert_caching_network import SHARES
 
-    state = {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in network.state_dict().items()}
+    state, of_head = (
+        {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in module.state_dict().items()}
+        for module in (network, head)
+    )
     recurrences = range(network.config["num_recurrences"])
 
     def stacked(name: str, transpose: bool) -> np.ndarray:
@@ -381,8 +735,43 @@ def pack_eviction(network: EvictionNetwork) -> Weights:
         "out_w": np.concatenate([state["feature_out"], state["channel_out"], state["hidden_out"]], 1).T,
         "out_b": state["out_bias"][:, :, 0],
         "shares": np.array(SHARES),
+        "above_own": of_head["own"],
+        "above_prefix_w": of_head["from_prefix.weight"].T,
+        "above_context_w": of_head["from_context.weight"].T,
+        "above_bias": of_head["layer_bias"],
+        "above_middle_w": of_head["middle.weight"].T,
+        "above_middle_b": of_head["middle.bias"],
+        "above_channels": of_head["channels"].transpose(0, 2, 1),
+        "above_channel_bias": of_head["channel_bias"][:, 0],
+        "above_hidden_w": of_head["hidden_in"],
+        "above_hidden_b": of_head["hidden_bias"][:, :, 0],
+        "above_out_w": of_head["hidden_out"][0],
+        "above_feature_w": of_head["feature_out"][0],
     }
     return Weights(**{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()})
+
+
+def pack_portable(network: PortableNetwork, num_layers: int, num_experts: int) -> Weights:
+    """The weights of a network that knows no layer and no expert, for a model of any shape: all else is nothing."""
+    from .expert_caching_network import EvictionNetwork, NextLayerHead
+
+    whole = EvictionNetwork(num_layers, num_experts, width=1, hidden=network.hidden_in.out_features)
+    weights = pack_eviction(whole, NextLayerHead(num_layers, num_experts, width=1, hidden=1))
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
+    num_channels, num_features = weights.channel_bias.shape[2], state["hidden_in.weight"].shape[1]
+    hidden_w = np.zeros_like(weights.hidden_w)
+    hidden_w[:num_features] = state["hidden_in.weight"].T
+    out_w = np.zeros_like(weights.out_w)
+    out_w[:num_features] = state["feature_out.weight"].T
+    out_w[num_features + num_channels :] = state["hidden_out.weight"].T
+    nothing = {name: np.zeros_like(getattr(weights, name)) for name in ("channels", "channel_bias")}
+    return weights._replace(
+        hidden_w=hidden_w,
+        hidden_b=np.tile(state["hidden_in.bias"], (num_layers, 1)),
+        out_w=out_w,
+        out_b=np.tile(state["hidden_out.bias"], (num_layers, 1)),
+        **nothing,
+    )
 
 
 def save_eviction(

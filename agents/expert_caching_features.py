@@ -5,7 +5,8 @@ present token's layers up to the present one: nothing else is ever written into 
 expert, so they mean the same in every model.
 
 The copy features are a kernel regression over the last `WINDOW` tokens: tokens whose routing (and that of the tokens
-before them) overlaps the present one's are weighted up, and what followed them is read off, discounted.
+before them) overlaps the present one's are weighted up, and what followed them is read off: the later tokens' use of
+the same layer, discounted (`read_future`), or their own use of the layer above (`read_layer_above`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from ..envs.core.kernel import njit
 
 WINDOW = 1024
 """Tokens that the copy features look back on, the present one included."""
@@ -25,6 +27,7 @@ COPY_DISCOUNTS = np.array([0.0, 0.75, 0.95], np.float32)
 """Discounts a token of what followed a similar token: the next token alone, the next few, the next twenty."""
 
 NUM_DECAYS, NUM_COPIES = len(DECAYS), len(COPY_DISCOUNTS)
+assert NUM_COPIES == 3  # also: the weights of `read_layer_above`, as they are, squared, and their square roots
 IN_SEQUENCE, AGE, COPIES = NUM_DECAYS, NUM_DECAYS + 1, NUM_DECAYS + 2
 MATCH = COPIES + NUM_COPIES
 NUM_FEATURES = MATCH + 1
@@ -37,6 +40,7 @@ SHARPNESS = np.float32(25.0)  # weight of a token = exp(SHARPNESS * similarity),
 CONTEXT_WEIGHT = np.float32(0.1)  # of an expert shared by the tokens before, against one of the present token
 CONTEXT_DECAY = np.float32(0.5)  # of that weight, a token further back
 NEGLIGIBLE = np.float32(1e-3)  # share of the weight below which nothing is read any more
+LEAST_COPIED = np.float32(1e-4)  # weight of a token under which its next layer is not read
 LEAST = np.float32(10.0)  # a token of weight under exp(-LEAST) times the largest has none
 FORGOTTEN = np.float32(-1e6)  # similarity of what is not remembered
 FLOOR = np.float32(2.0**-10)  # added before a logarithm
@@ -87,7 +91,7 @@ def popcount(word):
 
 
 @njit(cache=True)
-def count_use(frequency, in_sequence, age, used, position):
+def count_use(frequency, in_sequence, age, used):
     """Book one token's use of one layer. frequency (G, E), in_sequence and age (E,), used (k,) ids, -1: none."""
     num_experts = len(age)
     for g in range(NUM_DECAYS):
@@ -96,8 +100,6 @@ def count_use(frequency, in_sequence, age, used, position):
             row[e] *= decay
     for e in range(num_experts):
         age[e] += np.float32(1.0)
-    if position == 0:
-        in_sequence[:] = 0
     for e in used:
         if e >= 0:
             for g in range(NUM_DECAYS):
@@ -115,6 +117,8 @@ def begin_token(stream: Stream, position: int) -> None:
         context[r] = np.float32(overlap[r - 1]) + CONTEXT_DECAY * context[r - 1]
     context[0] = last
     overlap[:] = 0
+    if position == 0:
+        stream.in_sequence[:] = 0
     place[0] += 1
     place[1] = (place[1] + 1) % WINDOW
     place[2] = position
@@ -136,7 +140,7 @@ def observe_layer(stream: Stream, layer: int, used) -> None:
         row[place] = mask
     for i in range(len(used)):
         stream.used[place, layer, i] = used[i]
-    count_use(stream.frequency[layer], stream.in_sequence[layer], stream.age[layer], used, stream.place[2])
+    count_use(stream.frequency[layer], stream.in_sequence[layer], stream.age[layer], used)
 
 
 @njit(cache=True, fastmath=True)
@@ -190,15 +194,22 @@ def exponentials(row, powers) -> np.float32:
     return total
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True)
 def copy_future(stream: Stream, layer: int, copied) -> np.float32:
-    """What followed similar tokens: writes `copied` float32 (NUM_COPIES, E), log scale. Returns the best match.
+    """`weigh_past`, then `read_future`. Returns the best match."""
+    num_past, best = weigh_past(stream, layer)
+    read_future(stream, layer, num_past, copied)
+    return best
+
+
+@njit(cache=True, fastmath=True)
+def read_future(stream: Stream, layer: int, num_past: int, copied) -> None:
+    """What followed similar tokens, weighed before: writes `copied` float32 (NUM_COPIES, E), log scale.
 
     copied[g, e] = log of (1 - d) * sum over past tokens s of weight[s] * sum_j d ** (j - 1) * [s + j used e], d the
     g-th discount; the inner sums run forward in time, so that one pass over the ring does.
     """
     copied[:] = 0
-    num_past, best = weigh_past(stream, layer)
     weight, used, here = stream.weight, stream.used, stream.place[1]
     top_k = used.shape[2]
     d0, d1, d2 = COPY_DISCOUNTS[0], COPY_DISCOUNTS[1], COPY_DISCOUNTS[2]
@@ -221,7 +232,42 @@ def copy_future(stream: Stream, layer: int, copied) -> np.float32:
         for e in range(copied.shape[1]):
             row[e] = row[e] * rest + FLOOR
         log_scale(row)
-    return best
+
+
+@njit(cache=True, fastmath=True)
+def read_layer_above(stream: Stream, layer: int, num_past: int, copied) -> None:
+    """What similar tokens, weighed before, used in the next layer: writes `copied` float32 (NUM_COPIES, E), log scale.
+
+    copied[g, e] = log of sum over past tokens s of w[s] * [s used e], w = weight, weight ** 2 or sqrt(weight), made to
+    sum to 1.
+    Above the last layer comes the first one of the token after.
+    """
+    copied[:] = 0
+    weight, used, here = stream.weight, stream.used, stream.place[1]
+    num_layers, top_k = used.shape[1:]
+    above = (layer + 1) % num_layers
+    later = 1 if above == 0 else 0
+    t0, t1, t2 = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for back in range(1, num_past + 1):
+        r = here - back
+        r = r if r >= 0 else r + WINDOW
+        w0 = weight[r]
+        if w0 > LEAST_COPIED:
+            w1, w2 = w0 * w0, np.sqrt(w0)
+            t0, t1, t2 = t0 + w0, t1 + w1, t2 + w2
+            row = used[r + later if r + later < WINDOW else 0, above]
+            for i in range(top_k):
+                e = row[i]
+                if e >= 0:
+                    copied[0, e] += w0
+                    copied[1, e] += w1
+                    copied[2, e] += w2
+    for g in range(NUM_COPIES):
+        total = t0 if g == 0 else (t1 if g == 1 else t2)
+        row, scale = copied[g], np.float32(1.0) / max(total, np.float32(1e-9))
+        for e in range(copied.shape[1]):
+            row[e] = row[e] * scale + FLOOR
+        log_scale(row)
 
 
 @njit(cache=True)
@@ -261,13 +307,14 @@ COPY_LOWEST = np.float32(-1.25)
 
 
 @njit(cache=True)
-def copy_table(experts, positions, copies, matches) -> None:
+def copy_table(experts, positions, copies, above, matches) -> None:
     """The copy features of a whole trace, which cost most, once and for all.
 
     Args:
         experts: (T, L, k).
         positions: (T,) of each token in its sequence.
-        copies: uint8 (T, L, NUM_COPIES, E), written: COPY_LOWEST + COPY_STEPS * value is the feature.
+        copies: uint8 (T, L, NUM_COPIES, E), written: COPY_LOWEST + COPY_STEPS * value is the feature of `read_future`.
+        above: the same of `read_layer_above`.
         matches: float32 (T, L), written.
     """
     num_tokens, num_layers, top_k = experts.shape
@@ -278,11 +325,28 @@ def copy_table(experts, positions, copies, matches) -> None:
         begin_token(stream, positions[t])
         for layer in range(num_layers):
             observe_layer(stream, layer, experts[t, layer])
-            matches[t, layer] = copy_future(stream, layer, copied)
-            for g in range(NUM_COPIES):
-                for e in range(num_experts):
-                    value = (copied[g, e] - COPY_LOWEST) / COPY_STEPS + np.float32(0.5)
-                    copies[t, layer, g, e] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
+            num_past, matches[t, layer] = weigh_past(stream, layer)
+            read_future(stream, layer, num_past, copied)
+            store_copies(copied, copies[t, layer])
+            read_layer_above(stream, layer, num_past, copied)
+            store_copies(copied, above[t, layer])
+
+
+@njit(cache=True)
+def store_copies(copied, out) -> None:
+    """Round `copied` float32 (NUM_COPIES, E) to uint8."""
+    for g in range(copied.shape[0]):
+        for e in range(copied.shape[1]):
+            value = (copied[g, e] - COPY_LOWEST) / COPY_STEPS + np.float32(0.5)
+            out[g, e] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
+
+
+@njit(cache=True)
+def restore_copies(stored, copied) -> None:
+    """What `store_copies` rounded."""
+    for g in range(copied.shape[0]):
+        for e in range(copied.shape[1]):
+            copied[g, e] = COPY_LOWEST + COPY_STEPS * np.float32(stored[g, e])
 
 
 @njit(cache=True)

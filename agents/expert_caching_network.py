@@ -15,6 +15,8 @@ parallel scan; deployment runs one step a token (`expert_caching.py`).
 Output i is the log-odds of sum_d discount_i ** (d - 1) P(next use in d tokens): the chance that the expert is needed
 again before a clock that stops with probability 1 - discount_i after each token. Counting the first use alone, not
 all later ones, is what makes it a score for eviction: what happens after the next use is not at stake now.
+
+`NextLayerHead` reads the same memory for another question: which experts of the layer above will this very token use?
 """
 
 from __future__ import annotations
@@ -152,15 +154,30 @@ class EvictionNetwork(nn.Module):
             sequence; layers: n, increasing; features (n, NUM_FEATURES, S * T * E)
             -> logits (n, outputs, S * T * E), Recurrence after the last token (detached)
         """
-        num_streams, length, num_layers, num_experts = used.shape
-        tokens, width, n = num_streams * length, self.config["width"], len(layers)
-        used = used.view(tokens, num_layers, num_experts)
+        n, index = len(layers), torch.as_tensor(layers)
+        used = used.flatten(0, 1)
         if self.training and self.dropout.p > 0:
-            used = used * (torch.rand(tokens, num_layers, 1) >= self.dropout.p)
+            used = used * (torch.rand(*used.shape[:2], 1) >= self.dropout.p)
+        prefix, context, after = self.remember(used, begins, before, layers)
+        own = torch.bmm(used[:, index].transpose(0, 1), self.own[index])
+        u = prefix * self.prefix_scale[index, None, None] + own + self.layer_bias[index, None]
+        u = self.dropout(F.silu(u + context))
+        u = u + self.dropout(F.silu(self.middle(u)))
+        return self._score(u, index, features.view(n, NUM_FEATURES, -1)), after
+
+    def remember(
+        self, used: Tensor, begins: Tensor, before: Recurrence, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Recurrence]:
+        """What is known at each token: c_tl of n layers, and W' (x, h)_{t-1}.
+
+        Shapes:
+            used (S * T, L, E), begins (S, T) -> prefix (n, S * T, D), context (S * T, D), Recurrence (detached)
+        """
+        num_streams, length = begins.shape
         goes_on = (~begins).float().unsqueeze(-1)
         prefix, whole = self._embed(used, layers)
 
-        x = F.silu(self.token(self.norm(whole.view(num_streams, length, width))))
+        x = F.silu(self.token(self.norm(whole.view(num_streams, length, -1))))
         history, below, last = [x], x, []
         for i, (recurrence, mixer) in enumerate(zip(self.recurrences, self.mixers, strict=True)):
             h = recurrence(below, before.hidden[:, i], goes_on)
@@ -170,13 +187,7 @@ class EvictionNetwork(nn.Module):
         context = self.from_history(torch.cat(history, -1))
         after = Recurrence(torch.stack(last, 1).detach(), context[:, -1].detach())
         context = torch.cat([before.context.unsqueeze(1), context[:, :-1]], 1) * goes_on
-
-        index = torch.as_tensor(layers)
-        own = torch.bmm(used[:, index].transpose(0, 1), self.own[index])
-        u = prefix * self.prefix_scale[index, None, None] + own + self.layer_bias[index, None]
-        u = self.dropout(F.silu(u + context.reshape(1, tokens, width)))
-        u = u + self.dropout(F.silu(self.middle(u)))
-        return self._score(u, index, features.view(n, NUM_FEATURES, -1)), after
+        return prefix, context.flatten(0, 1), after
 
     def _embed(self, used: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Sums of embeddings over layers 0..l for each l of `layers`, (n, N, D), and over all layers, (N, D)."""
@@ -206,3 +217,81 @@ class EvictionNetwork(nn.Module):
         logits = torch.baddbmm(self.out_bias[index], wide(self.hidden_out), hidden)
         logits = torch.baddbmm(logits, wide(self.feature_out), features)
         return torch.baddbmm(logits, wide(self.channel_out), p)
+
+
+class NextLayerHead(nn.Module):
+    """Log-odds that the present token uses each expert of the layer above, from what an `EvictionNetwork` remembers.
+
+        v_tl = f(A c_tl + own[l, experts of t at l] + C W' (x, h)_{t-1} + b_l)
+        p_e = V_le v_tl + b_le
+        logit_e = MLP(features_e, p_e) + p_e
+
+    with the features of layer l + 1 as they are when layer l's gate has spoken. Above the last layer comes the first
+    one of the token after.
+
+    Args:
+        num_layers, num_experts, width: of the network that it reads, which is not changed.
+        hidden: units of the MLP that is run for every expert.
+        dropout: of the token's vector.
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, width: int = 128, hidden: int = 16, dropout: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(num_layers, num_experts, width) * 0.1)
+        self.from_prefix = nn.Linear(width, width, bias=False)
+        with torch.no_grad():  # sums over up to L layers come in
+            self.from_prefix.weight *= 0.3
+        self.from_context = nn.Linear(width, width, bias=False)
+        self.layer_bias = nn.Parameter(torch.zeros(num_layers, width))
+        self.middle = nn.Linear(width, width)
+        self.channels = nn.Parameter(torch.randn(num_layers, width, num_experts) * (0.3 / width**0.5))
+        self.channel_bias = nn.Parameter(torch.zeros(num_layers, 1, num_experts))
+        self.hidden_in = nn.Parameter(torch.randn(hidden, NUM_FEATURES + 1) * 0.25)
+        self.hidden_bias = nn.Parameter(torch.randn(num_layers, hidden, 1) * 0.3)
+        self.hidden_out = nn.Parameter(torch.randn(1, hidden) * 0.1)
+        self.feature_out = nn.Parameter(torch.randn(1, NUM_FEATURES) * 0.05)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, prefix: Tensor, context: Tensor, used: Tensor, layers: Sequence[int], features: Tensor) -> Tensor:
+        """Logits for the experts of the layers above n layers.
+
+        Shapes:
+            prefix (n, N, D) and context (N, D) of `EvictionNetwork.remember`, used (N, L, E), layers: n,
+            features (n, NUM_FEATURES, N * E) -> (n, N, E)
+        """
+        index = torch.as_tensor(layers)
+        n, tokens = prefix.shape[:2]
+        own = torch.bmm(used[:, index].transpose(0, 1), self.own[index])
+        v = self.from_prefix(prefix) + own + self.from_context(context) + self.layer_bias[index, None]
+        v = self.dropout(F.silu(v))
+        v = v + self.dropout(F.silu(self.middle(v)))
+        p = torch.baddbmm(self.channel_bias[index], v, self.channels[index]).view(n, 1, -1)
+        inputs = torch.cat([features, p], 1)
+        hidden = torch.relu_(torch.baddbmm(self.hidden_bias[index], self.hidden_in.expand(n, -1, -1), inputs))
+        logits = torch.baddbmm(p, self.hidden_out.expand(n, -1, -1), hidden)
+        return torch.baddbmm(logits, self.feature_out.expand(n, -1, -1), features).view(n, tokens, -1)
+
+
+class PortableNetwork(nn.Module):
+    """What of an `EvictionNetwork` knows no layer and no expert: a score for models that it was not trained on.
+
+        logits_e = MLP(features_e)
+
+    with the features of `expert_caching_features`, which mean the same in every model.
+
+    Shapes:
+        features (n, NUM_FEATURES, N) -> (n, outputs, N)
+    """
+
+    def __init__(self, hidden: int = 24) -> None:
+        super().__init__()
+        outputs = len(DISCOUNTS)
+        self.hidden_in = nn.Linear(NUM_FEATURES, hidden)
+        self.hidden_out = nn.Linear(hidden, outputs)
+        self.feature_out = nn.Linear(NUM_FEATURES, outputs, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows = features.transpose(1, 2)
+        return (self.hidden_out(torch.relu(self.hidden_in(rows))) + self.feature_out(rows)).transpose(1, 2)

@@ -37,7 +37,10 @@ HELD_OUT, SPLIT_SEED = 0.25, 2026
 FITTED = ("ridge", "learned_score", "copy_kernel", "affinity_prefetch", "moe_infinity", "expert_flow")
 """Policies that are fitted to the training sequences."""
 ORACLES = ("belady", "belady_bypass")
-ENGINE_COST_TOKENS = 60
+AGENT_PREFETCHES = 2
+"""Prefetches that a learned policy may ask for in one epoch; it asks for less where they do not pay."""
+ENGINE_COST_TOKENS = 150
+"""Tokens of a calibration that stands in for a cost model."""
 
 
 @dataclass
@@ -226,11 +229,34 @@ def shipped_folder(trace: Trace) -> Path:
 
 
 def _learned(name: str, folder: Path, base: ExpertCachingSpec) -> Contender:
-    """The policy of a checkpoint folder."""
-    from ..agents.expert_caching import load_eviction
+    """The policy of a checkpoint folder: the learned scores, or a pointer network over them."""
+    from ..agents.expert_caching import LearnedCaching, load_eviction
 
-    policy = load_eviction(folder, name)
-    return Contender(name, base, lambda workload: policy)
+    ahead = base if base.eviction_only else base.replace(max_prefetch=AGENT_PREFETCHES)
+    folder = checkpoint_folder(folder)
+    if is_pointer(folder):
+        from ..agents.expert_caching_pointer import load_pointer
+
+        pointer = load_pointer(folder, name=name)
+        return Contender(name, ahead, lambda workload: pointer)
+    scores = load_eviction(folder, name)
+    policy = scores if base.eviction_only else LearnedCaching(name, scores.weights, scores.shape[2])
+    return Contender(name, ahead, lambda workload: policy)
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """The checkpoint in a folder: the folder itself, or `final/` of a training run."""
+    return folder / "final" if (folder / "final").is_dir() else folder
+
+
+def is_pointer(folder: Path) -> bool:
+    """True for a checkpoint of `schedlab train`, False for one of learned scores, or none."""
+    import json
+
+    try:
+        return "env_id" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def find_contenders(names: Sequence[str], base: ExpertCachingSpec, trace: Trace) -> list[Contender]:
@@ -241,7 +267,7 @@ def find_contenders(names: Sequence[str], base: ExpertCachingSpec, trace: Trace)
 
 def fingerprint(name: str, trace: Trace) -> str | None:
     """Digest of a checkpoint's weights; None for what is named by code alone."""
-    folder = shipped_folder(trace) if name == AGENT else Path(name).expanduser()
+    folder = shipped_folder(trace) if name == AGENT else checkpoint_folder(Path(name).expanduser())
     weights = folder / "policy.safetensors"
     if not weights.is_file():
         return None

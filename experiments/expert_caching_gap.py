@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 from ..baselines.expert_caching import RULES, belady
 from ..baselines.expert_fitted import fit_learned_score, fit_ridge
 from ..envs.core.errors import InputError
+from ..envs.core.kernel import njit
 from ..envs.core.results import atomic_path
 from ..envs.expert_caching.rule import Rule
 from ..envs.expert_caching.sim import Simulator
@@ -40,8 +40,8 @@ from . import command
 
 if TYPE_CHECKING:
     from ..agents.expert_caching import LearnedEviction
-    from ..agents.expert_caching_network import EvictionNetwork
-    from ..agents.expert_caching_train import Trace
+    from ..agents.expert_caching_network import EvictionNetwork, NextLayerHead
+    from ..agents.expert_caching_train import EvictionTraining, Trace
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 """Cache sizes of the table, as shares of the experts of a layer."""
@@ -63,8 +63,10 @@ class Args:
     """Routing trace: a name in the data folder, or a file."""
     seeds: int = 5
     """Networks that are trained and averaged."""
-    steps: int = 1200
+    steps: int = 3600
     """Optimizer steps of each."""
+    head_steps: int = 800
+    """Optimizer steps of its head for the layer above."""
     held_out: float = 0.25
     """Share of the sequences that the table is measured on; training sees the others."""
     split_seed: int = 2026
@@ -246,19 +248,53 @@ def deployed(policy: LearnedEviction, workload: Workload) -> tuple[list[int], li
     return loads, microseconds
 
 
+def held_out_split(args: Args) -> tuple[Workload, Workload]:
+    """The training and the held-out sequences. What a run may know beforehand is the popularity in training."""
+    workload = find_routing(args.trace, args.data_dir)
+    test, train = workload.split(args.held_out, 1 - args.held_out, seed=args.split_seed)
+    command.say(f"{len(train)} sequences to train on ({train.num_tokens} tokens), {len(test)} held out")
+    return train.with_prior(train.popularity()), test.with_prior(train.popularity())
+
+
+def training_of(args: Args, seed: int) -> EvictionTraining:
+    """How the network of a seed is trained."""
+    from ..agents.expert_caching_train import EvictionTraining
+
+    return EvictionTraining(steps=args.steps, head_steps=args.head_steps, seed=seed)
+
+
+def reporter(what: str) -> Callable[[dict[str, Any]], None]:
+    """Says how far a training is."""
+    return lambda progress: command.say("{}: step {step}, loss {loss:.4f}, {cpu_s:.0f} CPU-s".format(what, **progress))
+
+
 def train_networks(args: Args, trace: Trace) -> list[EvictionNetwork]:
     """One network a seed, taken from `args.out` where it was trained before."""
-    from ..agents.expert_caching_train import EvictionTraining, train_eviction
+    from ..agents.expert_caching_train import train_eviction
 
-    networks = []
-    for seed in range(args.seeds):
+    return [
+        train_eviction(
+            trace, training_of(args, seed), args.out / f"seed{seed}", resume=True, report=reporter(f"seed {seed}")
+        )
+        for seed in range(args.seeds)
+    ]
 
-        def report(progress: dict[str, Any], seed: int = seed) -> None:
-            command.say("seed {}: step {step}, loss {loss:.4f}, {cpu_s:.0f} CPU-s".format(seed, **progress))
 
-        config = EvictionTraining(steps=args.steps, seed=seed)
-        networks.append(train_eviction(trace, config, args.out / f"seed{seed}", resume=True, report=report))
-    return networks
+def train_heads(args: Args, trace: Trace, networks: Sequence[EvictionNetwork]) -> list[NextLayerHead]:
+    """The head for the layer above of each network, taken from `args.out` where it was trained before."""
+    from ..agents.expert_caching_train import train_head
+
+    return [
+        train_head(
+            trace,
+            network,
+            training_of(args, seed),
+            args.out / f"seed{seed}",
+            resume=True,
+            report=reporter(f"head {seed}"),
+        )
+        for seed, network in enumerate(networks)
+    ]
 
 
 def measure_rows(
@@ -294,7 +330,7 @@ def measure(args: Args) -> dict[str, Any]:
     import torch
 
     from ..agents.expert_caching import load_eviction, pack_eviction, save_eviction
-    from ..agents.expert_caching_train import EvictionTraining, prepare_trace
+    from ..agents.expert_caching_train import prepare_trace
 
     torch.set_num_threads(1)
     if args.seeds < 1 or not 0 < args.held_out < 1:
@@ -302,21 +338,20 @@ def measure(args: Args) -> dict[str, Any]:
             f"{args.seeds} seeds, {args.held_out} of the sequences held out",
             remedy="Give at least one seed, and a share between 0 and 1",
         )
-    workload = find_routing(args.trace, args.data_dir)
-    test, train = workload.split(args.held_out, 1 - args.held_out, seed=args.split_seed)
-    test = test.with_prior(train.popularity())
-    command.say(f"{len(train)} sequences to train on ({train.num_tokens} tokens), {len(test)} held out")
-    networks = train_networks(args, prepare_trace(train, args.out))
+    train, test = held_out_split(args)
+    training_trace = prepare_trace(train, args.out)
+    networks = train_networks(args, training_trace)
+    head = train_heads(args, training_trace, networks[:1])[0]  # of the seed that is deployed
     trace = prepare_trace(test, args.out)
     rows = measure_rows(train, test, trace, networks, args.bootstrap)
 
     lru, best, agent = (rows[name].misses.sum(2) for name in ("lru", "belady", "agent"))
-    config = {"training": asdict(EvictionTraining(steps=args.steps)), "trace": workload.source}
+    config = {"training": asdict(training_of(args, 0)), "trace": test.source}
     config["split"] = {"seed": args.split_seed, "held_out": args.held_out, "held_out_sequences": len(test)}
-    weights, head = pack_eviction(networks[0]), test.head(args.deployed_tokens)
+    weights, beginning = pack_eviction(networks[0], head), test.head(args.deployed_tokens)
     save_eviction(args.out / "agent", weights, test.top_k, config)
-    loads, microseconds = deployed(load_eviction(args.out / "agent"), head)
-    in_torch = count_misses(head, lambda: by_network(networks[0], head_of(trace, head.num_tokens)))
+    loads, microseconds = deployed(load_eviction(args.out / "agent"), beginning)
+    in_torch = count_misses(beginning, lambda: by_network(networks[0], head_of(trace, beginning.num_tokens)))
     results = {
         **config,
         "held_out_tokens": test.num_tokens,
@@ -324,7 +359,7 @@ def measure(args: Args) -> dict[str, Any]:
         "rows": [{k: v for k, v in asdict(row).items() if k != "misses"} for row in rows.values()],
         "agent_seeds": percent_closed(lru - agent, lru - best).tolist(),
         "deployed": {
-            "tokens": head.num_tokens,
+            "tokens": beginning.num_tokens,
             "loads": loads,
             "loads_in_torch": in_torch.sum(1).tolist(),
             "decision_us": microseconds,

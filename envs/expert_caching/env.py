@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..core.errors import InputError
-from ..core.kernel import njit_borrowed
+from ..core.kernel import njit, njit_borrowed
 from ..core.vector_env import GraphSize, PointerEnv, PointerVectorEnv
+from .advice import Advice, show_advice
 from .affinity import Affinity
 from .rule import Rule
 from .sim import (
@@ -66,6 +66,12 @@ class Task:
 
     spec: ExpertCachingSpec
     workload: Workload
+    advice: Advice | None = None
+    """What a predictor says of this workload; the observation shows it."""
+
+    def __post_init__(self) -> None:
+        if self.advice is not None:
+            self.advice.check(self.workload)
 
 
 class Batch(NamedTuple):
@@ -87,6 +93,8 @@ class Batch(NamedTuple):
     token_ids: np.ndarray  # (T,), shared
     token_sequence: np.ndarray  # (T,), shared
     token_position: np.ndarray  # (T,), shared
+    advice_keep: np.ndarray  # (T, L, E), shared, or empty: `Advice`
+    advice_above: np.ndarray  # (T, L, E), shared, or empty
     batches: np.ndarray  # (N, steps, B)
     cost: np.ndarray  # (N, 1) COST_DTYPE
     books: np.ndarray  # (N, 1) BOOKS_DTYPE
@@ -146,6 +154,12 @@ def sim_of(batch: Batch, n: int) -> Sim:
 
 
 @njit_borrowed
+def advice_of(batch: Batch) -> Advice:
+    """What is said of the tokens of all envs (views)."""
+    return Advice(batch.advice_keep, batch.advice_above)
+
+
+@njit_borrowed
 def table_of(batch: Batch, n: int) -> Table:
     """The action table of env n (views)."""
     return Table(
@@ -160,9 +174,10 @@ def decision_of(batch: Batch, n: int) -> Decision:
 
 
 @njit_borrowed
-def advance(sim: Sim, table: Table, decision: Decision, affinity: Affinity) -> bool:
+def advance(sim: Sim, table: Table, decision: Decision, affinity: Affinity, advice: Advice) -> bool:
     """From a gate's answer on, run epochs until there is something to decide. False when the workload is finished."""
     while not sim.books[0].done:
+        show_advice(sim.state, sim.batches, advice)
         reset_decision(sim.state, decision)
         open_epoch(sim.state, table, affinity)
         if next_choice(sim.state, table, decision):
@@ -204,7 +219,7 @@ def step_batch(batch: Batch, affinity: Affinity, actions, rewards, done, context
         in_epoch = next_choice(sim.state, table, decision)
         if not in_epoch:
             run_epoch(sim, decision)
-            advance(sim, table, decision, affinity)
+            advance(sim, table, decision, affinity, advice_of(batch))
         done[n] = sim.books[0].done != 0
         loss = loss_of(sim)
         rewards[n] = (batch.loss[n] - loss) / batch.unit[n]
@@ -218,7 +233,7 @@ def start_one(batch: Batch, n: int, affinity: Affinity, warm: bool, context, can
     """Start env n, whose episode is loaded, and run to its first decision. False if it has none."""
     sim, table, decision = sim_of(batch, n), table_of(batch, n), decision_of(batch, n)
     start(sim, warm)
-    alive = advance(sim, table, decision, affinity)
+    alive = advance(sim, table, decision, affinity, advice_of(batch))
     batch.loss[n] = loss_of(sim)
     observe(sim, table, decision, batch.num_filled[n:], False, context, candidates, mask)
     return alive
@@ -333,7 +348,11 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
         super().__init__(num_envs, NUM_CONTEXT, rows, NUM_CANDIDATE, graph=size, debug=debug)
         self.render_mode = render_mode
         self.episode_tokens = episode_tokens
-        self.workloads = list({id(task.workload): task.workload for task in self.tasks}.values())
+        # tokens are stored once for every workload, and once more where tasks have other advice about it
+        sources = {(id(task.workload), id(task.advice)): task for task in self.tasks}
+        self.workloads = [task.workload for task in sources.values()]
+        self._advice = [task.advice or Advice.none() for task in sources.values()]
+        self._source_of = [list(sources).index((id(task.workload), id(task.advice))) for task in self.tasks]
         self._first_token = np.cumsum([0, *(w.num_tokens for w in self.workloads)])
         self.batch = self._empty_batch()
         self.task_index = np.zeros(num_envs, np.int64)
@@ -359,6 +378,8 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
                 raise InputError(
                     f"tasks differ in {what}: {sorted(values)}", remedy="Give them an env each, or make them agree"
                 )
+        if len({task.advice is None for task in self.tasks}) > 1:
+            raise InputError("some tasks have advice, others none", remedy="Give it to all tasks, or to none")
 
     def _graph_size(self) -> GraphSize:
         """Room for the layers in reach and the edges of everything that a batch may need."""
@@ -402,6 +423,8 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
             token_ids=joined("token_ids"),
             token_sequence=joined("token_sequence"),
             token_position=joined("token_position"),
+            advice_keep=np.concatenate([advice.keep for advice in self._advice]),
+            advice_above=np.concatenate([advice.above for advice in self._advice]),
             batches=np.full((n, steps, spec.num_sequences), -1, np.int64),
             cost=np.zeros((n, 1), COST_DTYPE),
             books=np.zeros((n, 1), BOOKS_DTYPE),
@@ -445,7 +468,7 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
         if self._followed:  # what a rule remembers belongs to an episode
             self._followed["memory"][n] = 0.0
             self._followed["epochs"][n] = -1
-        rows = tokens + self._first_token[next(i for i, w in enumerate(self.workloads) if w is workload)]
+        rows = tokens + self._first_token[self._source_of[index]]
         batch.batches[n] = -1
         batch.batches[n, : len(batches)] = np.where(batches >= 0, rows[batches], -1)
         slots = spec.slots_of(workload.num_layers, workload.num_experts, workload.top_k)

@@ -58,6 +58,7 @@ EXPERT_DTYPE = np.dtype(
         ("frequency_99", "f4"),  # d = 0.99
         ("prior", "f4"),  # share of tokens that use it, by the workload's prior (top_k / num_experts without one)
         ("predicted", "f4"),  # a predictor's probability that this step needs it; 0: none, or not predicted yet
+        ("keep", "f4"),  # a predictor's probability, at its layer's last epoch, of a next use soon; 0: no predictor
         ("seconds_left", "f4"),  # until it is RESIDENT, if QUEUED or LOADING and nothing overtakes it; else 0
         ("count", "i4"),  # uses by the sequences now in the batch, since each began
         ("slot", "i4"),  # -1: none

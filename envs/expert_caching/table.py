@@ -25,7 +25,7 @@ from .state import ABSENT, AUTO, BYPASS, CANDIDATE, IN_USE, Decision, State, is_
 VICTIM, PREFETCH, PREFETCH_VICTIM, DONE = 0, 1, 2, 3
 """Phases of an epoch."""
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
 
 CONTEXT_FEATURES = (
@@ -53,6 +53,7 @@ CONTEXT_FEATURES = (
     "incoming expert: uses in the sequences / their tokens",
     "incoming expert: predicted probability",
     "incoming expert: affinity to what is needed now",
+    "incoming expert: root of a predictor's probability of a next use soon",
 )
 CANDIDATE_FEATURES = (
     "is row 0: bypass, or none",
@@ -71,9 +72,10 @@ CANDIDATE_FEATURES = (
     "is needed now",
     "copy brought by a prefetch and not used yet",
     "steps since the copy was loaded: x / (16 + x)",
+    "root of a predictor's probability of a next use soon",
 )
 NUM_CONTEXT, NUM_CANDIDATE = len(CONTEXT_FEATURES), len(CANDIDATE_FEATURES)
-INCOMING = NUM_CONTEXT - 8
+INCOMING = NUM_CONTEXT - 9
 """First context column that describes the expert on its way into the cache."""
 
 TABLE_DTYPE = np.dtype(
@@ -252,7 +254,10 @@ def free_slot(state: State, decision: Decision, layer: int, num_victims: int, nu
 
 @njit_borrowed
 def list_slots(state: State, table: Table, decision: Decision, layer, num_victims, num_prefetch, in_use: bool) -> None:
-    """Rows: the slots of a layer whose experts may go; if there are too many, the least recently used ones."""
+    """Rows: the slots of a layer whose experts may go; if there are too many, the least recently used ones.
+
+    Where a predictor speaks, those that it least wants to keep.
+    """
     head, rows, scores = table.head[0], table.rows, table.scores
     experts, slots, victims, prefetch = state.experts, state.slots, decision.victims, decision.prefetch
     present = state.engine[0].layer
@@ -264,11 +269,12 @@ def list_slots(state: State, table: Table, decision: Decision, layer, num_victim
         if is_taken(victims, num_victims, prefetch, num_prefetch, slot):
             continue
         held = slots[slot]
-        age = float(state.engine[0].epoch - experts[held.layer, held.expert].last_use)
-        row = row_for(head.num_rows, scores, age)
+        keep = experts[held.layer, held.expert].keep
+        score = -float(keep) if keep > 0 else float(state.engine[0].epoch - experts[held.layer, held.expert].last_use)
+        row = row_for(head.num_rows, scores, score)
         if row > 0:
             rows[row, 0], rows[row, 1], rows[row, 2] = held.layer, held.expert, slot
-            scores[row] = age
+            scores[row] = score
             head.num_rows = max(head.num_rows, row + 1)
     open_rows(table)
 
@@ -383,6 +389,7 @@ def write_incoming(state: State, table: Table, layer: int, expert: int, context)
     context[INCOMING + 5] = row.count / max(table.head[0].tokens, 1)
     context[INCOMING + 6] = row.predicted
     context[INCOMING + 7] = affinity_to(state, table, layer, expert)
+    context[INCOMING + 8] = np.sqrt(row.keep)
 
 
 @njit_borrowed
@@ -438,6 +445,7 @@ def write_expert(engine, experts, affinity_now, tokens: int, layer: int, e: int,
     out[13] = expert.needed
     out[14] = expert.slot >= 0 and expert.loaded > expert.last_use
     out[15] = loaded / (np.float32(16.0) + loaded) if expert.slot >= 0 else np.float32(0.0)
+    out[16] = np.sqrt(expert.keep)
 
 
 # ------------------------------------------------------------------------------------------------------ graph

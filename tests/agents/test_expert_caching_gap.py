@@ -59,6 +59,7 @@ def test_intervals_hold_the_gap_and_grow_with_the_spread_of_seeds():
 def test_the_command_writes_the_table_and_a_checkpoint(tmp_path, capsys):
     save_routing(tmp_path / "kinds.npz", random_workload(3, (40,) * 24, experts=32))
     argv = ["--trace", str(tmp_path / "kinds.npz"), "--out", str(tmp_path / "out"), "--seeds", "2", "--steps", "4"]
+    argv += ["--head-steps", "4"]
     assert gap.main([*argv, "--bootstrap", "50", "--ship", str(tmp_path / "shipped")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["policy"] for row in results["rows"]]
