@@ -285,7 +285,7 @@ def test_deploy_falls_back(tmp_path, capsys, cost, checkpoint, monkeypatch):
     argv = [agent, *SMALL_ENGINE, "--cost-model", cost]
     assert deploy.main(argv) == 0
     printed = capsys.readouterr().out
-    assert "fcfs" in printed and "sarathi_512" in printed and "fallbacks to fcfs: 0" in printed
+    assert "fcfs" in printed and "sarathi_512" in printed and "fallbacks to first come first served: 0" in printed
 
     def broken(self, state, decision):
         raise ValueError("logits are not finite")
@@ -293,7 +293,7 @@ def test_deploy_falls_back(tmp_path, capsys, cost, checkpoint, monkeypatch):
     monkeypatch.setattr(CompiledPolicy, "decide", broken)
     assert deploy.main([*argv, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "fallbacks to fcfs: 0" not in printed and "raised" in printed
+    assert "fallbacks to first come first served: 0" not in printed and "raised" in printed
     assert evaluate.main(["--validate", str(tmp_path / "out")]) == 0
     assert "no policy" in error_of(capsys, deploy.main, "nobody", *SMALL_ENGINE)
 
