@@ -1,40 +1,40 @@
-"""Fit the expert-caching simulator's cost model to a real engine, and compare the times of the two.
+"""Fit the expert-caching simulator's cost model to a real engine.
 
-Experts are timed alone, in slots that the caches of the CPU have forgotten. What a layer takes beside its experts and
-its stall (attention, gate, books, decision) is fitted to runs of the engine. A load's time is the one at which the
+Experts are timed alone, in slots that the caches of the CPU have forgotten. What a layer takes beside its experts, its
+decision and its stall (attention, gate, books) is fitted to runs of the engine. A load's time is the one at which the
 model's stalls add up to the measured ones, so that what it costs to wake a thread and to compute beside it is in it;
-reads of several sizes say how much of it is latency. Wall seconds are what they are: calibrate on a quiet machine.
+reads of several sizes say how much of it is latency. Decisions are the policy's own: `with_decisions` puts them in.
+Wall seconds are what they are: calibrate on a quiet machine, or between the runs that are to be predicted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..envs.core.errors import InputError
 from ..envs.core.interface import Backend, Policy
-from ..envs.expert_caching.sim import Simulator
+from ..envs.core.results import atomic_path
 from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from ..envs.expert_caching.timeline import Timeline
 from ..envs.expert_caching.workload import Workload, interleave
-from .calibrate import _cpu_name, _version, fit_cost
+from .calibrate import fit_cost
 from .experts import ExpertEngine, OffloadedModel, unmeasured_cost
 from .experts_model import expert_output
 from .experts_store import PAGE
+from .machine import describe, versions
 
-CACHE_SHARES = (0.25, 0.5, 1.0)
+CACHE_SHARES = (0.25, 0.5)
 WARM_UP_EPOCHS = 100
 """Epochs of a run that are not measured: torch and the caches of the CPU warm up."""
 READS = 40
-"""Reads of each size."""
+"""Reads of each size in a pass."""
 ROWS = (1, 2, 4, 8)
 """Tokens that one expert is computed for."""
 
@@ -45,11 +45,24 @@ class Epochs(NamedTuple):
     gate_s: np.ndarray  # from the end of a layer to the answer of the next gate
     is_step: np.ndarray  # 1 if a step ended between
     next_tokens: np.ndarray  # tokens at that gate
-    compute_s: np.ndarray  # from there to the end of the next layer, without the stall: decision and experts
+    compute_s: np.ndarray  # from there to the end of the next layer, without decision and stall: the experts
     used: np.ndarray  # needed experts
     uses: np.ndarray  # (token, expert) pairs
     misses: np.ndarray  # needed experts that were loaded on demand
     stall_s: np.ndarray
+
+    @property
+    def layer_s(self) -> np.ndarray:
+        """All but decision and stall."""
+        return self.gate_s + self.compute_s
+
+
+class Samples(NamedTuple):
+    """What one pass measured."""
+
+    runs: list[Epochs]
+    computations: dict[int, list[float]]  # `time_experts`
+    reads: dict[int, list[float]]  # `time_reads`
 
 
 def serve(backend: Backend, policy: Policy | None = None) -> float:
@@ -66,75 +79,146 @@ def serve(backend: Backend, policy: Policy | None = None) -> float:
     return seconds
 
 
-def calibrate_experts(
-    model: OffloadedModel,
-    workload: Workload,
-    *,
-    tokens: int = 600,
-    num_sequences: Sequence[int] = (1, 4),
-    chunk_bytes: int = 1 << 20,
-    routing: str = "gate",
-    seed: int = 0,
-    name: str | None = None,
-) -> tuple[CostModel, dict[str, Any]]:
-    """Measure a model under LRU on demand, at several sizes of cache and batch, and fit `CostModel`: (model, report).
+def with_decisions(cost: CostModel, decision_s: float) -> CostModel:
+    """The cost model of a policy whose decision takes `decision_s` on average.
+
+    A decision stands between the gate's answer and the loads, attention before that answer: the channel reads
+    prefetches during both, and nothing is computed after either. So they are one time in the model.
+    """
+    return replace(cost, attention_s=cost.attention_s + decision_s)
+
+
+class ExpertCalibration:
+    """Measurements of an offloaded model under LRU on demand, taken in passes, and the cost model fitted to them.
+
+    A pass serves the first tokens of a workload once for each size of cache and of batch, and times reads and experts
+    alone. A pass repeats what the first one did, load by load, and an epoch's seconds are the mean of its repeats: a
+    machine whose speed drifts is measured well by passes far apart, with whatever is compared to the model run in
+    between.
 
     Args:
-        model: the model.
-        workload: what it serves.
-        tokens: served in each of the runs, 3 for each size of batch.
+        model: what is measured.
+        workload: what it serves; not what will be predicted.
+        routing: of the engine (`ExpertEngine`).
+        tokens: served in each run.
         num_sequences: sizes of batch. One alone cannot tell a token's cost from a layer's; its own times are right
             all the same.
+        cache_shares: sizes of cache; those that cannot hold what a layer may need are left out.
         chunk_bytes: of the loads.
-        routing: of the engine (`ExpertEngine`).
         seed: of the records that are read.
-        name: of the cost model; default "experts-<device>".
 
-    Every second epoch is held out. The report holds the mean seconds of layers and stalls and the errors of the fit in
-    both halves, percentiles 10, 50 and 90 of reads and of experts, machine and versions. How well runs of other
-    policies are predicted is for `compare` to say. Raises InputError if there is too little to measure.
+    Raises InputError if there is too little to measure.
     """
-    if tokens * workload.num_layers < 3 * WARM_UP_EPOCHS:
-        raise InputError(
-            f"{tokens} tokens are too few to measure", remedy="Measure at least 100; 600 give a stable fit"
+
+    def __init__(
+        self,
+        model: OffloadedModel,
+        workload: Workload,
+        *,
+        routing: str = "gate",
+        tokens: int = 200,
+        num_sequences: Sequence[int] = (1,),
+        cache_shares: Sequence[float] = CACHE_SHARES,
+        chunk_bytes: int = 1 << 20,
+        seed: int = 0,
+    ) -> None:
+        tokens = min(tokens, workload.num_tokens)
+        least = -(-4 * WARM_UP_EPOCHS * max(num_sequences) // workload.num_layers)
+        if tokens < least:
+            raise InputError(
+                f"{tokens} tokens are too few to measure",
+                remedy=f"Measure at least {least} tokens of {workload.num_layers} layers; a thousand layers fit well",
+            )
+        self.model, self.workload, self.routing, self.tokens, self.seed = model, workload, routing, tokens, seed
+        self.base = replace(unmeasured_cost(model), chunk_bytes=chunk_bytes)
+        specs = [
+            ExpertCachingSpec(self.base, cache_share=share, num_sequences=batch, warm_start=True)
+            for batch in num_sequences
+            for share in cache_shares
+        ]
+        self.specs = [spec for spec in specs if spec_fits(spec, workload)]
+        if not self.specs:
+            raise InputError(
+                f"no cache of {cache_shares} holds what a layer may need at once",
+                remedy="Give larger cache_shares, or a smaller num_sequences",
+            )
+        self.passes: list[Samples] = []
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of a pass."""
+        return len(self.specs)
+
+    def measure_pass(self) -> None:
+        """Measure all runs once more."""
+        for _ in self.measure_runs():
+            pass
+
+    def measure_runs(self) -> Iterator[None]:
+        """`measure_pass` in steps of one run, for whoever measures something else in between."""
+        runs = []
+        for spec in self.specs:
+            runs.append(self._measure_run(spec))
+            yield
+        seed = self.seed + len(self.passes)
+        reads = time_reads(self.model, self.base.chunk_bytes, seed)
+        self.passes.append(Samples(runs, time_experts(self.model), reads))
+
+    def _measure_run(self, spec: ExpertCachingSpec) -> Epochs:
+        batches = interleave(self.workload.lengths, spec.num_sequences)[: self.tokens // spec.num_sequences]
+        engine = ExpertEngine(self.model, spec, routing=self.routing)
+        try:
+            engine.reset(self.workload, self.seed, batches=batches)
+            serve(engine)
+            return epochs_of(engine.timeline(), self.workload.top_k, engine.decision_s)
+        finally:
+            engine.close()
+
+    def fit(self, name: str | None = None) -> tuple[CostModel, dict[str, Any]]:
+        """The cost model of this name (default "experts-<device>"), and a report.
+
+        The second half of each run is held out. The report holds the mean seconds of layers, stalls and both, and the
+        errors of the fit in both halves (`errors_of`); the noise of the repeats (the same figures of the whole time,
+        of the last pass against the mean of all); percentiles 10, 50 and 90 of reads and of experts; model, machine,
+        versions.
+        """
+        if not self.passes:
+            raise InputError("nothing was measured", remedy="Call measure_pass first")
+        runs = [mean_of([one_pass.runs[i] for one_pass in self.passes]) for i in range(self.num_runs)]
+        fitted = joined([half_of(run, 0) for run in runs])
+        held_out = joined([half_of(run, 1) for run in runs])
+        computations = _pooled([one_pass.computations for one_pass in self.passes])
+        reads = _pooled([one_pass.reads for one_pass in self.passes])
+        cost = fit_times(fitted, self.base, computations, reads)
+        gated, last = self.model.gated, joined(self.passes[-1].runs)
+        noise = _errors(last.layer_s + last.stall_s, joined(runs).layer_s + joined(runs).stall_s)
+        report: dict[str, Any] = {
+            "clock": ExpertEngine.clock,
+            "workload": self.workload.name,
+            "tokens": self.tokens,
+            "runs": [{"cache_share": spec.cache_share, "num_sequences": spec.num_sequences} for spec in self.specs],
+            "repeats": len(self.passes),
+            "seed": self.seed,
+            "fit": errors_of(cost, fitted),
+            "held_out": errors_of(cost, held_out),
+            "repeat_noise": noise,
+            "read_s": {size: np.percentile(seconds, [10, 50, 90]).tolist() for size, seconds in reads.items()},
+            "expert_s": {rows: np.percentile(seconds, [10, 50, 90]).tolist() for rows, seconds in computations.items()},
+            "model": {
+                "layers": gated.num_layers,
+                "experts": gated.num_experts,
+                "top_k": gated.top_k,
+                "expert_bytes": self.model.expert_bytes,
+            },
+            "machine": describe(self.model.device),
+            "versions": versions(),
+        }
+        source = (
+            f"{self.num_runs} runs of ExpertEngine on {report['machine']['device_name']}, {len(self.passes)} times, "
+            f"torch {report['versions']['torch']}; held out, error of means: "
+            + ", ".join(f"{part} {figures['mean']:+.1%}" for part, figures in report["held_out"].items())
         )
-    base = replace(unmeasured_cost(model), chunk_bytes=chunk_bytes)
-    runs = []
-    for batch in num_sequences:
-        for share in CACHE_SHARES:
-            spec = ExpertCachingSpec(base, cache_share=share, num_sequences=batch, warm_start=share == 1)
-            if spec_fits(spec, workload):
-                batches = interleave(workload.lengths, batch)[: tokens // batch]
-                runs.append(_measure_run(model, spec, workload, batches, routing))
-    epochs = Epochs(*(np.concatenate(columns) for columns in zip(*runs, strict=True)))
-    fitted, held_out = (Epochs(*(column[i::2] for column in epochs)) for i in (0, 1))
-    reads = time_reads(model, base.chunk_bytes, seed)
-    computations = time_experts(model)
-    cost = fit_times(fitted, base, computations, reads)
-    machine = _machine(model)
-    report: dict[str, Any] = {
-        "fit": errors_of(cost, fitted),
-        "held_out": errors_of(cost, held_out),
-        "read_s": {size: np.percentile(seconds, [10, 50, 90]).tolist() for size, seconds in reads.items()},
-        "expert_s": {rows: np.percentile(seconds, [10, 50, 90]).tolist() for rows, seconds in computations.items()},
-        "num_sequences": list(num_sequences),
-        "tokens": tokens,
-        "workload": workload.name,
-        "model": {
-            "layers": model.gated.num_layers,
-            "experts": model.gated.num_experts,
-            "top_k": model.gated.top_k,
-            "expert_bytes": model.expert_bytes,
-        },
-        "machine": machine,
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in ("torch", "transformers", "numpy", "scipy")},
-    }
-    source = f"{len(runs)} runs of ExpertEngine on {machine['device']}, torch {_version('torch')}; "
-    source += "error of means, held out: " + ", ".join(
-        f"{part} {figures['mean']:+.1%}" for part, figures in report["held_out"].items()
-    )
-    return replace(cost, name=name or f"experts-{model.device.type}", source=source), report
+        return replace(cost, name=name or f"experts-{self.model.device.type}", source=source), report
 
 
 def spec_fits(spec: ExpertCachingSpec, workload: Workload) -> bool:
@@ -146,33 +230,44 @@ def spec_fits(spec: ExpertCachingSpec, workload: Workload) -> bool:
     return True
 
 
-def _measure_run(
-    model: OffloadedModel, spec: ExpertCachingSpec, workload: Workload, batches: np.ndarray, routing: str
-) -> Epochs:
-    engine = ExpertEngine(model, spec, routing=routing)
-    try:
-        engine.reset(workload, batches=batches)
-        serve(engine)
-        return epochs_of(engine.timeline(), workload.top_k)
-    finally:
-        engine.close()
+def epochs_of(timeline: Timeline, top_k: int, decision_s: np.ndarray | float = 0.0) -> Epochs:
+    """The epochs of a run without prefetches, but for the first ones and the last.
 
-
-def epochs_of(timeline: Timeline, top_k: int) -> Epochs:
-    """The epochs of a run without prefetches, but for the first ones and the last."""
+    `decision_s` (I,) is what each decision took.
+    """
     rows = slice(WARM_UP_EPOCHS, len(timeline.start_s) - 1)
     tokens = np.repeat((timeline.batches >= 0).sum(axis=1), timeline.num_layers)
     columns = (
         np.append(timeline.start_s[1:] - timeline.end_s[:-1], np.nan),
         (np.arange(len(tokens)) + 1) % timeline.num_layers == 0,
         np.append(tokens[1:], 0),
-        timeline.end_s - timeline.start_s - timeline.stall_s,
+        timeline.end_s - timeline.start_s - timeline.stall_s - decision_s,
         timeline.used,
         tokens * top_k,
         timeline.used - timeline.ready,
         timeline.stall_s,
     )
     return Epochs(*(np.asarray(column, np.float64)[rows] for column in columns))
+
+
+def mean_of(repeats: Sequence[Epochs]) -> Epochs:
+    """The same epochs, measured several times."""
+    return Epochs(*(np.mean(columns, axis=0) for columns in zip(*repeats, strict=True)))
+
+
+def joined(runs: Sequence[Epochs]) -> Epochs:
+    """The epochs of several runs, one after the other."""
+    return Epochs(*(np.concatenate(columns) for columns in zip(*runs, strict=True)))
+
+
+def half_of(run: Epochs, half: int) -> Epochs:
+    """The first (0) or second (1) half of the epochs of a run."""
+    middle = len(run.used) // 2
+    return Epochs(*(column[:middle] if half == 0 else column[middle:] for column in run))
+
+
+def _pooled(samples: Sequence[dict[int, list[float]]]) -> dict[int, list[float]]:
+    return {place: [seconds for one in samples for seconds in one[place]] for place in samples[0]}
 
 
 def fit_times(
@@ -188,7 +283,7 @@ def fit_times(
     """
     expert_s, expert_token_s = fit_line(computations)
     cost = replace(base, expert_s=expert_s, expert_token_s=expert_token_s)
-    beside_s = epochs.gate_s + epochs.compute_s - _experts_s(cost, epochs)
+    beside_s = epochs.layer_s - _experts_s(cost, epochs)
     columns = np.column_stack([np.ones(len(beside_s)), epochs.next_tokens, epochs.is_step])
     attention_s, attention_token_s, step_s = fit_cost(columns, np.maximum(beside_s, 1e-9)).tolist()
     cost = replace(cost, attention_s=attention_s, attention_token_s=attention_token_s, step_s=step_s)
@@ -277,90 +372,27 @@ def time_experts(model: OffloadedModel, num_buffers: int = 64) -> dict[int, list
 
 
 def errors_of(cost: CostModel, epochs: Epochs) -> dict[str, dict[str, float]]:
-    """For layers without their stall, and for stalls: mean seconds, error of the mean, median error of an epoch."""
+    """For layers without their stall, for stalls, and for both: mean seconds and the errors of the cost model."""
     gate_s = cost.attention_s + cost.attention_token_s * epochs.next_tokens + cost.step_s * epochs.is_step
-    everywhere, missing = np.ones(len(epochs.used), bool), epochs.misses > 0
-    stall_s = modelled_stall(epochs, cost, cost.load_s)
-    figures = {}
-    for part, predicted, measured, some in (
-        ("layer", gate_s + _experts_s(cost, epochs), epochs.gate_s + epochs.compute_s, everywhere),
-        ("stall", stall_s, epochs.stall_s, missing),
-    ):
-        figures[part] = {
-            "seconds": float(measured.mean()),
-            "mean": float(predicted.sum() / measured.sum() - 1),
-            "median": float(np.median(np.abs(predicted[some] / measured[some] - 1))),
-        }
-    return figures
+    layer_s, stall_s = gate_s + _experts_s(cost, epochs), modelled_stall(epochs, cost, cost.load_s)
+    return {
+        "layer": _errors(layer_s, epochs.layer_s),
+        "stall": _errors(stall_s, epochs.stall_s, epochs.misses > 0),
+        "time": _errors(layer_s + stall_s, epochs.layer_s + epochs.stall_s),
+    }
 
 
-def compare(
-    model: OffloadedModel,
-    workload: Workload,
-    cost: CostModel,
-    policies: Sequence[Policy | None],
-    specs: Sequence[ExpertCachingSpec],
-    *,
-    routing: str = "gate",
-    num_repeats: int = 1,
-) -> list[dict[str, Any]]:
-    """Run policies (None: LRU on demand) with several specs on the engine and on the simulator: a row for each pair.
-
-    A row: policy, cache_share, max_prefetch, bypass, num_sequences, measured_s (mean of the repeats), simulated_s,
-    error = simulated / measured - 1. Passes over all pairs are repeated, so that a machine that slows down for a while
-    does not favour any.
-    """
-    measured: dict[tuple[int, int], list[float]] = {}
-    rows = []
-    for _ in range(num_repeats):
-        for i, spec in enumerate(specs):
-            engine = ExpertEngine(model, spec.replace(cost=cost), routing=routing)
-            try:
-                for j, policy in enumerate(policies):
-                    engine.reset(workload)
-                    measured.setdefault((i, j), []).append(serve(engine, policy))
-            finally:
-                engine.close()
-    for (i, j), seconds in measured.items():
-        spec, policy = specs[i].replace(cost=cost), policies[j]
-        simulator = Simulator(spec, recording=False)
-        simulator.reset(workload)
-        simulated_s = serve(simulator, policy)
-        rows.append(
-            {
-                "policy": policy.name if policy is not None else "lru",
-                "cache_share": spec.cache_share,
-                "max_prefetch": spec.max_prefetch,
-                "bypass": spec.bypass,
-                "num_sequences": spec.num_sequences,
-                "measured_s": float(np.mean(seconds)),
-                "simulated_s": simulated_s,
-                "error": simulated_s / float(np.mean(seconds)) - 1,
-            }
-        )
-    return rows
+def _errors(predicted: np.ndarray, measured: np.ndarray, some: np.ndarray | slice = slice(None)) -> dict[str, float]:
+    """Mean measured seconds, relative error of the mean, median relative error of `some` epochs."""
+    return {
+        "seconds": float(measured.mean()),
+        "mean": float(predicted.sum() / measured.sum() - 1),
+        "median": float(np.median(np.abs(predicted[some] / measured[some] - 1))),
+    }
 
 
 def write_cost(path: str | os.PathLike[str], cost: CostModel, report: dict[str, Any]) -> None:
     """Write the JSON that `CostModel.load` reads, with the report beside the times; all of it or nothing."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(asdict(cost) | {"report": report}, indent=2) + "\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _machine(model: OffloadedModel) -> dict[str, Any]:
-    import torch
-
-    is_cpu = model.device.type == "cpu"
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": _cpu_name() if is_cpu else torch.cuda.get_device_name(model.device),
-    }
+    text = json.dumps(asdict(cost) | {"report": report}, indent=2) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)

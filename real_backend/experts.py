@@ -39,7 +39,7 @@ from ..envs.expert_caching.state import (
 from ..envs.expert_caching.timeline import Timeline
 from ..envs.expert_caching.workload import Workload
 from .experts_books import book_epoch
-from .experts_model import GatedModel, KeyValues, expert_output
+from .experts_model import GatedModel, KeyValues, build_olmoe, expert_output, load_olmoe
 from .experts_store import ExpertFile, ExpertShape, Load, LoadChannel, PinnedPool
 
 ROUTINGS = ("gate", "trace")
@@ -103,6 +103,7 @@ class ExpertEngine:
         next_tokens: int64 (T,): the most probable token after each one that was served, -1: not served. Where the
             workload's own next token is -1 it is used: greedy decoding.
         logits: a tensor (tokens of the step, vocab) a step, if kept.
+        decision_s: float64 (I,): wall seconds of each decision so far: from the end of a step to the call of the next.
 
     Raises:
         InputError: if model and spec do not fit each other or the memory.
@@ -178,6 +179,7 @@ class ExpertEngine:
         self._initial = np.stack([self.state().slots["layer"], self.state().slots["expert"]], 1).astype(np.int64)
         self.state().engine["now_s"] = 0.0
         self._is_started = False
+        self._decision_s = np.zeros(len(self._sim.epochs))
 
     def state(self) -> State:
         """The live State."""
@@ -193,11 +195,14 @@ class ExpertEngine:
         sim = self._books
         if sim.books[0]["done"]:
             return Outcome(0.0, True)
+        decided = time.perf_counter()
         if not self._is_started:
-            self._origin, self._is_started = time.perf_counter(), True
+            self._origin = self._answered = decided
+            self._is_started = True
         self._make_room()
         sim = self._books
         engine = sim.state.engine[0]
+        self._decision_s[engine["epoch"]] = decided - self._answered
         resolve_decision(sim.state, decision)
         with _inference_mode():
             stall_s = self._compute_experts(decision)
@@ -210,6 +215,7 @@ class ExpertEngine:
                     self._begin_step(step)
                 self._ask_gate(layer)
         more = self._book(decision, end_s, stall_s)
+        self._answered = time.perf_counter()
         return Outcome(float(engine["last_layer_s"]), not more)
 
     def timeline(self) -> Timeline:
@@ -234,6 +240,10 @@ class ExpertEngine:
             del self._channel, self._slots
 
     # ------------------------------------------------------------------------------------------ more records
+
+    @property
+    def decision_s(self) -> np.ndarray:
+        return self._decision_s[: int(self._books.state.engine[0]["epoch"])].copy()
 
     @property
     def _books(self) -> Sim:
@@ -446,6 +456,41 @@ class ExpertEngine:
         loads = [Load(layer * width + e, self._buffers[slot[layer, e]], True) for layer, e in resident]
         for _ in self._channel.finished(self._channel.submit((), loads, ())):
             pass
+
+
+def open_model(
+    workload: Workload,
+    path: str | PathLike[str] | None = None,
+    *,
+    device: str = "cpu",
+    folder: str | PathLike[str] | None = None,
+) -> tuple[OffloadedModel, str]:
+    """A model to serve a workload with, and the routing (`ROUTINGS`) that it then has.
+
+    With a path it is that checkpoint, whose own gates route. Without one it is a model of the workload's layers,
+    experts and top k with random weights, which follows the workload's routing: what it computes means nothing, but it
+    reads and computes as much as any other of its size. An expert has 3.1 MB; attention takes 3.3 times as long as an
+    expert, which is what attention and shared experts of DeepSeek-V2-Lite take (3.6).
+
+    Args:
+        workload: what it will serve.
+        path: of a checkpoint (`load_olmoe`).
+        device: where it computes.
+        folder: for the file of experts (`OffloadedModel`).
+    """
+    if path is not None:
+        return OffloadedModel(load_olmoe(path), device, folder), "gate"
+    model = build_olmoe(
+        hidden=1024,
+        intermediate=256,
+        layers=workload.num_layers,
+        experts=workload.num_experts,
+        top_k=workload.top_k,
+        heads=16,
+        kv_heads=4,
+        max_positions=max(2048, int(workload.lengths.max())),
+    )
+    return OffloadedModel(model, device, folder), "trace"
 
 
 def record_routing(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from ..envs.core.kernel import njit
 from ..envs.expert_caching.sim import Sim, begin_epoch, cancel_queued, load_on_demand, queue_prefetches, swap_in
 from ..envs.expert_caching.state import LOADING, Decision
 

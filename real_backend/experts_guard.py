@@ -43,7 +43,11 @@ class GuardedCachePolicy(GuardedPolicy):
             theirs[:] = ours
 
     def _copy(self, state: State) -> None:
-        """Bring the snapshot up to date; of the history, the present token of each row."""
+        """Bring the snapshot up to date; of the history, the present token of each row.
+
+        `keep` is what the policy itself wrote of layers that it has seen (`LearnedCaching`), and stays.
+        """
+        keep = self._snapshot.experts["keep"].copy()
         for name, ours, theirs in zip(State._fields, self._snapshot, state, strict=True):
             if name == "history":
                 rows = np.arange(len(theirs))
@@ -51,3 +55,4 @@ class GuardedCachePolicy(GuardedPolicy):
                 ours[rows, present] = theirs[rows, present]
             else:
                 ours[:] = theirs
+        self._snapshot.experts["keep"] = keep

@@ -14,17 +14,18 @@ from schedlab.envs.expert_caching.sim import Simulator
 from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from schedlab.envs.expert_caching.workload import generate
 from schedlab.real_backend.calibrate_experts import (
-    Epochs,
-    calibrate_experts,
-    compare,
+    ExpertCalibration,
     epochs_of,
     errors_of,
     fit_line,
     fit_times,
+    half_of,
+    joined,
     serve,
+    with_decisions,
     write_cost,
 )
-from schedlab.real_backend.experts import OffloadedModel, record_routing, unmeasured_cost
+from schedlab.real_backend.experts import OffloadedModel, record_routing
 from schedlab.real_backend.experts_model import build_olmoe
 
 COST = CostModel(
@@ -61,7 +62,7 @@ def simulated_epochs():
             simulator.reset(work)
             serve(simulator)
             runs.append(epochs_of(simulator.timeline(), work.top_k))
-    return Epochs(*(np.concatenate(columns) for columns in zip(*runs, strict=True)))
+    return joined(runs)
 
 
 def test_fit_recovers_the_cost_of_simulated_runs():
@@ -93,13 +94,35 @@ def test_line_through_medians_is_never_negative():
     assert fit_line({1: [1.0], 2: [9.0]})[0] == 0.0
 
 
-def test_calibration_writes_what_the_simulator_reads(model, tmp_path):
+def test_a_decision_delays_every_layer_by_its_time():
+    work, seconds = generate(3, num_layers=3, num_experts=8, top_k=2, mean_length=10, seed=2), []
+    for cost in (COST, with_decisions(COST, 3e-4)):
+        simulator = Simulator(ExpertCachingSpec(cost, cache_share=0.5))
+        simulator.reset(work)
+        seconds.append(serve(simulator))
+    assert seconds[1] - seconds[0] == pytest.approx((3 * work.num_tokens - 1) * 3e-4)  # the clock starts at the first
+
+
+def test_calibration_in_passes_writes_what_the_simulator_reads(model, tmp_path):
     rng = np.random.default_rng(0)
-    work = record_routing(model, rng.integers(0, 64, (4, 60)).tolist(), name="noise")
-    cost, report = calibrate_experts(model, work, tokens=160, num_sequences=(1, 2), chunk_bytes=4096)
+    work = record_routing(model, rng.integers(0, 64, (6, 70)).tolist(), name="noise")
+    calibration = ExpertCalibration(model, work, tokens=400, num_sequences=(1, 2), chunk_bytes=4096)
+    with pytest.raises(InputError, match="nothing was measured"):
+        calibration.fit()
+    assert calibration.num_runs == 3  # a quarter of 8 experts holds one token's two, not those of two sequences
+    for _ in range(2):
+        assert sum(1 for _ in calibration.measure_runs()) == 3
+    first, second = (one_pass.runs for one_pass in calibration.passes)
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.misses, other.misses)  # what is averaged is the same epochs
+        assert (one.compute_s > 0).mean() > 0.9 and not np.array_equal(one.stall_s, other.stall_s)
+    cost, report = calibration.fit()
     assert cost.expert_bytes == model.expert_bytes and cost.chunks == 6 and cost.load_s > 0
     assert cost.attention_s + cost.attention_token_s + cost.expert_s + cost.expert_token_s > 0
-    assert set(report["held_out"]) == {"layer", "stall"} and report["machine"]["device"] in cost.source
+    assert set(report["held_out"]) == set(report["fit"]) == {"layer", "stall", "time"}
+    parts = report["fit"]
+    assert parts["time"]["seconds"] == pytest.approx(parts["layer"]["seconds"] + parts["stall"]["seconds"])
+    assert report["repeats"] == 2 and report["machine"]["device_name"] in cost.source
     path = tmp_path / "new" / "experts.json"
     write_cost(path, cost, report)
     assert CostModel.load(path) == cost
@@ -110,18 +133,18 @@ def test_calibration_writes_what_the_simulator_reads(model, tmp_path):
     assert CostModel.load(path) == cost and [p.name for p in path.parent.iterdir()] == ["experts.json"]
 
 
-def test_compare_runs_both(model):
-    rng = np.random.default_rng(0)
-    work = record_routing(model, rng.integers(0, 64, (2, 20)).tolist(), name="noise")
-    specs = [ExpertCachingSpec(cache_share=share) for share in (0.25, 1.0)]
-    rows = compare(model, work, unmeasured_cost(model), [None], specs, num_repeats=2)
-    assert [row["cache_share"] for row in rows] == [0.25, 1.0] and {row["policy"] for row in rows} == {"lru"}
-    for row in rows:
-        assert row["measured_s"] > 0 and row["error"] == pytest.approx(row["simulated_s"] / row["measured_s"] - 1)
-    assert rows[0]["simulated_s"] > rows[1]["simulated_s"]
+def test_the_halves_of_a_run_share_no_epoch():
+    epochs = simulated_epochs()
+    halves = [half_of(epochs, half) for half in (0, 1)]
+    for column, whole in zip(joined(halves), epochs, strict=True):
+        np.testing.assert_array_equal(column, whole)
+    assert abs(len(halves[0].used) - len(halves[1].used)) <= 1
 
 
-def test_too_little_to_measure_is_refused(model):
+def test_what_cannot_be_measured_is_refused(model):
     work = generate(2, num_layers=2, num_experts=8, top_k=2)
-    with pytest.raises(InputError, match="10 tokens are too few"):
-        calibrate_experts(model, work, tokens=10)
+    with pytest.raises(InputError, match=r"10 tokens are too few.*at least 200 tokens of 2 layers"):
+        ExpertCalibration(model, work, tokens=10)
+    work = generate(40, num_layers=2, num_experts=8, top_k=2)
+    with pytest.raises(InputError, match=r"no cache of .* holds what a layer may need"):
+        ExpertCalibration(model, work, tokens=1000, cache_shares=(0.125,))

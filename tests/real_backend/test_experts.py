@@ -1,6 +1,7 @@
 """The expert engine: the right logits under any policy, the cache that state.py defines, loads that read the disk."""
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from schedlab.envs.expert_caching.sim import Simulator
 from schedlab.envs.expert_caching.spec import ExpertCachingSpec
 from schedlab.envs.expert_caching.state import AUTO
 from schedlab.envs.expert_caching.workload import Workload, generate, load_routing, save_routing
-from schedlab.real_backend.experts import ExpertEngine, OffloadedModel, record_routing, unmeasured_cost
+from schedlab.real_backend.experts import ExpertEngine, OffloadedModel, open_model, record_routing, unmeasured_cost
 from schedlab.real_backend.experts_guard import GuardedCachePolicy
 from schedlab.real_backend.experts_model import build_olmoe, load_olmoe
 from schedlab.real_backend.experts_store import device_bytes_read, file_system_of
@@ -189,6 +190,9 @@ def test_times_add_up(model, workload):
     assert timeline.start_s[0] == 0.0
     assert (np.diff(timeline.start_s) > 0).all() and (timeline.end_s[:-1] < timeline.start_s[1:]).all()
     assert (timeline.stall_s >= 0).all() and (timeline.stall_s <= timeline.end_s - timeline.start_s).all()
+    decision_s = engine.decision_s
+    assert len(decision_s) == len(timeline.start_s) and decision_s[0] == 0.0 and (decision_s[1:] > 0).all()
+    assert (decision_s + timeline.stall_s <= timeline.end_s - timeline.start_s + 1e-9).all()
     assert engine.step(engine.default_decision()).done
     engine.close()
 
@@ -224,6 +228,23 @@ def test_a_trace_of_another_model_can_be_followed(model):
     assert (engine.next_tokens >= 0).all()
     np.testing.assert_array_equal(engine.recorded().experts, other.experts)
     engine.close()
+
+
+def test_an_opened_model_fits_its_workload(workload, tmp_path):
+    build_olmoe(**SHAPE).save_pretrained(tmp_path)
+    model, routing = open_model(workload, tmp_path, folder=tmp_path)
+    assert routing == "gate" and model.expert_bytes == 20480
+    model.close()
+    other = generate(2, num_layers=2, num_experts=3, top_k=2, mean_length=5, prediction_noise=None)
+    other = Workload.from_arrays("untold", other.experts, other.lengths, num_experts=3)
+    model, routing = open_model(other, folder=tmp_path)
+    assert routing == "trace" and model.expert_bytes == 3 << 20
+    engine = ExpertEngine(model, spec_for(model, layer_slots=(2, 3)), routing=routing)
+    engine.reset(other)
+    serve(engine)
+    np.testing.assert_array_equal(engine.recorded().experts, other.experts)
+    engine.close()
+    model.close()
 
 
 def test_a_checkpoint_routes_like_the_model_it_was_saved_from(workload, tmp_path):
@@ -271,6 +292,30 @@ def test_a_broken_policy_is_replaced_by_lru(model, workload, fault):
     np.testing.assert_array_equal(timelines[0].loads[["epoch", "slot"]], timelines[1].loads[["epoch", "slot"]])
 
 
+def test_a_policy_that_hangs_is_left_behind(model, workload):
+    """The run goes on with LRU and ends as it would have without the policy, which still hangs in its own thread."""
+
+    class Hanging(RandomPolicy):
+        name = "hanging"
+
+        def decide(self, state, decision):
+            if state.engine[0]["epoch"] == 5:
+                release.wait(30)
+
+    release, told, timelines = threading.Event(), [], []
+    guard = GuardedCachePolicy(Hanging(), 0.2, on_failure=lambda kind, message: told.append((kind, message)))
+    for policy in (guard, None):
+        engine = ExpertEngine(model, spec_for(model, max_prefetch=2))
+        engine.reset(workload)
+        serve(engine, policy)
+        timelines.append(engine.timeline())
+        engine.close()
+    release.set()
+    assert told == [("timeout", "no answer within 0.2 s; the default decides for the rest of the run")]
+    assert guard.is_fallback and guard.failures["timeout"] == 1 and len(guard.decision_cpu_s) == 5
+    np.testing.assert_array_equal(timelines[0].loads[["epoch", "slot"]], timelines[1].loads[["epoch", "slot"]])
+
+
 def test_a_sound_policy_passes_the_guard_and_a_failure_is_told_once(model, workload):
     spec = spec_for(model, max_prefetch=2, bypass=True)
     with pytest.warns(
@@ -283,6 +328,9 @@ def test_a_sound_policy_passes_the_guard_and_a_failure_is_told_once(model, workl
 
     class Sound(RandomPolicy):
         def decide(self, state, decision):
+            experts = state.experts[state.engine[0]["layer"]]  # what it noted of a layer is there at the next visit
+            self.seen = self.seen * 31 + int((experts["keep"] * 1000).sum())
+            experts["keep"] = experts["needed"] * 0.5 + self.seen % 7
             resident = np.flatnonzero(state.experts["status"][state.engine[0]["layer"]] == 1)
             self.seen = (self.seen * 31 + int(resident.sum())) % (1 << 40)
             needed = state.experts["needed"][state.engine[0]["layer"]]
@@ -341,8 +389,8 @@ def test_what_does_not_fit_the_model_is_refused(model, workload, tmp_path):
         ExpertEngine(model, ExpertCachingSpec())
     with pytest.raises(InputError, match="routing is 'both'"):
         ExpertEngine(model, spec_for(model), routing="both")
-    with pytest.raises(InputError, match=r"take 20\.48 GB"):
-        model.store.open_slots(1_000_000, 4096)
+    with pytest.raises(InputError, match=r"take 20480\.00 GB"):
+        model.store.open_slots(1_000_000_000, 4096)
     with pytest.raises(InputError, match="no such folder"):
         OffloadedModel(build_olmoe(**SHAPE), folder=tmp_path / "absent")
     with pytest.raises(InputError, match="is not available"):

@@ -1,0 +1,428 @@
+"""Does a cache policy pay in tokens per second, and is the simulator right about it? The same tokens on both.
+
+A Mixture-of-Experts model whose experts lie in a file (CPU, O_DIRECT) or in pinned memory (CUDA) decodes windows of a
+routing trace, held out of training, under each policy and size of cache. Each repeat is another window, the same for
+all policies, and passes over all policies are repeated, so that a slow minute of the machine hits no one alone; runs
+of the calibration stand in between. The clock is the wall's: waiting for reads is what is measured.
+
+Beside tokens per second the tables show the ratio to LRU on demand, and the bound that no policy of this cache can
+beat: max(compute, Belady's loads x load time). The simulator serves the same windows with the cost model of the
+calibration, in which none of these policies and none of these tokens took part, plus the measured time of each
+policy's decisions.
+
+Examples:
+
+  python -m schedlab.experiments.fidelity_experts --json experts.json
+  python -m schedlab.experiments.fidelity_experts --policies ema_95 agent --cache-shares 0.25 --repeats 2 --tokens 40
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..envs.core.errors import InputError
+from . import command
+
+if TYPE_CHECKING:
+    from ..envs.expert_caching.affinity import Affinity
+    from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
+    from ..envs.expert_caching.timeline import Timeline
+    from ..envs.expert_caching.workload import Workload
+    from ..real_backend.calibrate_experts import ExpertCalibration
+    from ..real_backend.experts import ExpertEngine, OffloadedModel
+    from .expert_caching import Contender, Trace
+
+POLICIES = (
+    "lru",
+    "ema_95",
+    "ridge",
+    "learned_score",
+    "copy_kernel",
+    "mixtral_offloading",
+    "fate",
+    "moe_infinity",
+    "affinity_prefetch",
+    "agent_on_demand",
+    "agent",
+    "belady",
+)
+ON_DEMAND = "lru"
+"""What the others are compared with."""
+EVICTING_AGENT = "agent_on_demand"
+AGENT_PREFETCHES = 1
+"""Most prefetches that the agent may ask for in a layer: a second one would be begun just before the next gate answers,
+and delay the loads on demand."""
+CALIBRATION_TOKENS = 60
+
+
+@dataclass
+class Args:
+    """Arguments of `schedlab fidelity experts`."""
+
+    policies: tuple[str, ...] = POLICIES
+    """Rules and oracles by name, `agent` (the shipped one), `agent_on_demand` (without its prefetches), or checkpoint
+    folders. `lru` is always there."""
+    cache_shares: tuple[float, ...] = (0.25, 0.5)
+    """Sizes of cache, in shares of the experts."""
+    workload: str = "deepseek_v2_lite"
+    """Name of a routing trace or a trace file."""
+    tokens: int = 100
+    """Tokens of a window."""
+    repeats: int = 5
+    """Windows, and passes over all policies."""
+    prefetches: int = 1
+    """Prefetches that published systems may ask for in a layer (best of 1, 2, 3 and k on training sequences)."""
+    json: Path | None = None
+    """File for all figures."""
+    cost_model: Path | None = None
+    """Cost model of the engine, as written by `schedlab calibrate experts`. Without it one is measured in between."""
+    model: Path | None = None
+    """Folder of an OLMoE that recorded the trace. Default: random weights that follow the trace."""
+    device: str = "cpu"
+    """Where the model runs."""
+    folder: Path | None = None
+    """Folder on a disk for the file of experts. Default: the folder for temporary files."""
+    seed: int = 0
+    """Draws the windows."""
+    data_dir: Path | None = None
+    """Folder with traces. Default: $SCHEDLAB_DATA."""
+
+
+# ---------------------------------------------------------------------------------------------- who takes part
+
+
+def line_up(names: Sequence[str], spec: ExpertCachingSpec, trace: Trace, prefetches: int) -> list[Contender]:
+    """The contenders of these names, LRU on demand first. Raises InputError.
+
+    Published systems ask for up to k prefetches a layer, which keeps a channel that is nearly always busy from the
+    loads on demand: here they get at most `prefetches`. Agents know themselves what pays.
+    """
+    from .expert_caching import AGENT, find_contender
+
+    contenders = []
+    for name in dict.fromkeys((ON_DEMAND, *names)):
+        if name in (AGENT, EVICTING_AGENT) or Path(name).is_dir():
+            contenders.append(agent(name, spec, trace))
+        else:
+            found = find_contender(name, spec, trace)
+            most = min(found.spec.max_prefetch, prefetches)
+            contenders.append(replace(found, spec=found.spec.replace(max_prefetch=most)))
+    return contenders
+
+
+def agent(name: str, spec: ExpertCachingSpec, trace: Trace) -> Contender:
+    """The shipped agent or that of a checkpoint folder; as `EVICTING_AGENT` the shipped one without its prefetches."""
+    from ..agents.expert_caching import LearnedCaching, load_eviction
+    from .expert_caching import AGENT, Contender, shipped_folder
+
+    folder = shipped_folder(trace) if name in (AGENT, EVICTING_AGENT) else Path(name)
+    policy = load_eviction(folder, name)
+    if name != EVICTING_AGENT:
+        policy = LearnedCaching(name, policy.weights, policy.shape[2])
+        spec = spec.replace(max_prefetch=AGENT_PREFETCHES)
+    return Contender(name, spec, lambda window: policy)
+
+
+def with_guesses(workload: Workload, affinity: Affinity) -> Workload:
+    """The workload with predictions of each next layer: the 2k experts that most often follow those of this one.
+
+    They stand in for what the next layer's gate says of this layer's gate input, where a trace has no record of that.
+    """
+    layers, num_experts, k = workload.num_layers, workload.num_experts, workload.top_k
+    width = min(2 * k, num_experts)
+    predicted = np.full((workload.num_tokens, layers, width), -1, np.int16)
+    probability = np.zeros(predicted.shape, np.float32)
+    for layer in range(layers - 1):
+        scores = affinity.next_layer[layer][workload.experts[:, layer]].mean(axis=1)  # (T, E)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :width]
+        predicted[:, layer + 1] = best
+        probability[:, layer + 1] = np.take_along_axis(scores, best, axis=1).clip(0.0, 1.0)
+    return workload.with_predictions(predicted, probability)
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+
+
+@dataclass
+class Cell:
+    """What one contender did on the engine, a figure for each window."""
+
+    contender: Contender
+    spec: ExpertCachingSpec
+    """The contender's, with the cost model of the engine."""
+    seconds: list[float] = field(default_factory=list)
+    deciding_s: list[float] = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
+
+    @property
+    def decision_s(self) -> float:
+        """Mean seconds of a decision."""
+        return sum(self.deciding_s) / sum(len(timeline.start_s) for timeline in self.timelines)
+
+
+def measure(
+    model: OffloadedModel,
+    routing: str,
+    cells: Sequence[Cell],
+    windows: Sequence[Workload],
+    calibration: ExpertCalibration | None = None,
+    moved: Callable[[float, str], None] = lambda done, what: None,
+) -> None:
+    """Serve each window under each contender, and measure the calibration's runs in between.
+
+    Args:
+        model: what computes.
+        routing: of the engine.
+        cells: who takes part, and where it is booked; each window begins with another one.
+        windows: what is served.
+        calibration: gets a pass with each window; None: nothing is calibrated.
+        moved: called with the number of runs that are done, and what comes next.
+    """
+    from ..real_backend.experts import ExpertEngine
+
+    engine = None
+    try:
+        for turn, window in enumerate(windows):
+            to_calibrate = calibration.measure_runs() if calibration is not None else iter(())
+            due = np.linspace(0, calibration.num_runs if calibration is not None else 0, len(cells) + 1).astype(int)
+            for i in range(len(cells)):
+                cell = cells[(i + turn) % len(cells)]
+                moved(turn * len(cells) + i, f"window {turn + 1}, {cell.contender.name}")
+                if engine is None or engine.capacity != cell.spec:
+                    if engine is not None:
+                        engine.close()
+                    engine = ExpertEngine(model, cell.spec, routing=routing)
+                serve_window(engine, cell, window)
+                for _ in range(due[i + 1] - due[i]):
+                    next(to_calibrate, None)
+            for _ in to_calibrate:  # what a pass measures after its last run
+                pass
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def serve_window(engine: ExpertEngine, cell: Cell, window: Workload) -> None:
+    """One run, booked in its cell."""
+    from ..real_backend.calibrate_experts import serve
+
+    engine.reset(window)
+    policy = cell.contender.make(window)
+    policy.reset(engine.state())  # decide once and throw it away: compilation is no part of the run
+    policy.decide(engine.state(), engine.default_decision())
+    cell.seconds.append(serve(engine, policy))
+    cell.deciding_s.append(float(engine.decision_s.sum()))
+    cell.timelines.append(engine.timeline())
+
+
+def simulate(
+    contender: Contender, spec: ExpertCachingSpec, windows: Sequence[Workload], cost: CostModel
+) -> list[float]:
+    """Seconds of each window in the simulator."""
+    from ..envs.expert_caching.sim import Simulator
+    from ..real_backend.calibrate_experts import serve
+
+    simulator, seconds = Simulator(spec.replace(cost=cost), recording=False), []
+    for window in windows:
+        simulator.reset(window)
+        seconds.append(serve(simulator, contender.make(window)))
+    return seconds
+
+
+def bound(spec: ExpertCachingSpec, windows: Sequence[Workload], cost: CostModel) -> dict[str, float]:
+    """Seconds that the windows take at least, with a cache of this size: max(compute, Belady's loads x load time).
+
+    With prefetches a policy may hide all loads behind the computation, but it cannot load less than Belady's rule; of a
+    cache that may be bypassed, than that of Belady with bypass.
+    """
+    from ..baselines.expert_caching import belady
+    from ..envs.expert_caching.sim import Simulator
+
+    plain = spec.replace(cost=cost, max_prefetch=0)
+    simulator = Simulator(plain, recording=False)
+    rows = []
+    for window in windows:
+        simulator.reset(window)
+        simulator.run(belady(window, plain))
+        layers, tokens, k = window.num_layers, window.num_tokens, window.top_k
+        gate_s, experts_s = cost.attention_s + cost.attention_token_s, k * (cost.expert_s + cost.expert_token_s)
+        load_s = float(simulator.state().engine[0]["num_demand_loads"]) * cost.load_s
+        compute_s = tokens * layers * (gate_s + experts_s) - gate_s  # the clock starts when the first gate answers
+        compute_s += (tokens - 1) * cost.step_s
+        rows.append((compute_s, load_s, max(compute_s, load_s)))
+    compute_s, load_s, most_s = np.sum(rows, axis=0).tolist()
+    return {"compute_s": compute_s, "load_s": load_s, "seconds": most_s}
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+def compare(
+    cells: Sequence[Cell], windows: Sequence[Workload], cost: CostModel, spec: ExpertCachingSpec
+) -> dict[str, Any]:
+    """Everything that is shown of one size of cache: {"cache_share", "bound", "rows"}.
+
+    A row: policy, oracle, seconds of each window on the engine and in the simulator, tokens per second (all tokens over
+    all seconds), `speedup` over LRU (mean, and the least and the greatest of a window), `of_bound` (bound over
+    measured seconds), hit_rate, ready_rate, loads_per_token, decision_share and error (simulated over measured - 1).
+    """
+    from ..envs.expert_caching.metrics import compute_metrics
+    from ..real_backend.calibrate_experts import with_decisions
+
+    tokens = sum(window.num_tokens for window in windows)
+    least = bound(spec, windows, cost)
+    on_demand = np.array(next(cell.seconds for cell in cells if cell.contender.name == ON_DEMAND))
+    rows = []
+    for cell in cells:
+        seconds = np.array(cell.seconds)
+        simulated = simulate(cell.contender, cell.spec, windows, with_decisions(cost, cell.decision_s))
+        metrics = [compute_metrics(timeline) for timeline in cell.timelines]
+        ratios = on_demand / seconds
+        rows.append(
+            {
+                "policy": cell.contender.name,
+                "oracle": cell.contender.is_oracle,
+                "measured_s": cell.seconds,
+                "simulated_s": simulated,
+                "tokens_per_s": tokens / float(seconds.sum()),
+                "speedup": float(on_demand.sum() / seconds.sum()),
+                "speedup_range": [float(ratios.min()), float(ratios.max())],
+                "of_bound": least["seconds"] / float(seconds.sum()),
+                "decision_s": cell.decision_s,
+                "decision_share": sum(cell.deciding_s) / float(seconds.sum()),
+                "error": sum(simulated) / float(seconds.sum()) - 1,
+                **{
+                    name: float(np.mean([m[name] for m in metrics]))
+                    for name in ("hit_rate", "ready_rate", "loads_per_token", "prefetch_use")
+                },
+            }
+        )
+    return {"cache_share": spec.cache_share, "tokens": tokens, "bound": least, "rows": rows}
+
+
+def verdict(table: Mapping[str, Any]) -> str:
+    """What the agent gains over LRU and over the best other deployable row, and how far the simulator is off."""
+    from .expert_caching import AGENT
+
+    rows = {row["policy"]: row for row in table["rows"]}
+    error = np.median([abs(row["error"]) for row in table["rows"]])
+    text = f"median error of the simulator {error:.1%}"
+    others = [row for row in table["rows"] if not row["oracle"] and row["policy"] not in (AGENT, EVICTING_AGENT)]
+    if AGENT in rows:
+        best = max(others, key=lambda row: row["tokens_per_s"])
+        over = rows[AGENT]["tokens_per_s"] / best["tokens_per_s"]
+        text = (
+            f"agent: {rows[AGENT]['speedup']:.2f}x {ON_DEMAND}, {over:.2f}x {best['policy']} (the best other row), "
+            f"{rows[AGENT]['of_bound']:.0%} of the bound; " + text
+        )
+    return text
+
+
+def show(table: Mapping[str, Any]) -> None:
+    """Print one size of cache."""
+    from rich.table import Table
+
+    least = table["bound"]
+    title = (
+        f"cache of {table['cache_share']:.0%} of the experts; bound {table['tokens'] / least['seconds']:.2f} tokens/s "
+        f"= max(compute {least['compute_s']:.1f} s, Belady's loads {least['load_s']:.1f} s)"
+    )
+    grid = Table(title=title, title_justify="left")
+    heads = (
+        "tokens/s",
+        "x LRU",
+        "(windows)",
+        "of bound",
+        "hit",
+        "ready",
+        "loads/token",
+        "deciding",
+        "simulated",
+        "error",
+    )
+    grid.add_column("policy")
+    for name in heads:
+        grid.add_column(name, justify="right")
+    for row in table["rows"]:
+        low, high = row["speedup_range"]
+        grid.add_row(
+            row["policy"] + (" (oracle)" if row["oracle"] else ""),
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['of_bound']:.0%}",
+            f"{row['hit_rate']:.3f}",
+            f"{row['ready_rate']:.3f}",
+            f"{row['loads_per_token']:.1f}",
+            f"{row['decision_share']:.1%}",
+            f"{table['tokens'] / sum(row['simulated_s']):.2f}",
+            f"{row['error']:+.1%}",
+        )
+    console = command.console()
+    console.print(grid)
+    console.print(verdict(table))
+
+
+def fidelity(args: Args) -> int:
+    """Run `schedlab fidelity experts`."""
+    from ..envs.core.results import atomic_path
+    from ..envs.expert_caching.affinity import Affinity
+    from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
+    from ..real_backend.calibrate_experts import ExpertCalibration
+    from ..real_backend.experts import open_model
+    from .expert_caching import find_trace
+
+    if args.repeats < 1 or not args.cache_shares:
+        raise InputError(f"{args.repeats} repeats of {len(args.cache_shares)} caches", remedy="Give at least 1 of each")
+    trace = find_trace(args.workload, data_dir=args.data_dir)
+    windows = [trace.draw(args.tokens, args.seed + i) for i in range(args.repeats)]
+    if windows[0].predicted.shape[2] == 0:
+        affinity = Affinity.fit(trace.training)
+        windows = [with_guesses(window, affinity) for window in windows]
+    specs = [ExpertCachingSpec(cache_share=share, warm_start=True) for share in args.cache_shares]
+    line_ups = [line_up(args.policies, spec, trace, args.prefetches) for spec in specs]
+    model, routing = open_model(trace.test, args.model, device=args.device, folder=args.folder)
+    calibration = None
+    if args.cost_model is None:
+        calibration = ExpertCalibration(
+            model, trace.training, routing=routing, tokens=CALIBRATION_TOKENS, cache_shares=args.cache_shares
+        )
+        calibration.measure_pass()
+        cost = calibration.fit()[0]  # agents weigh a prefetch against the time that there is for it
+    else:
+        cost = CostModel.load(args.cost_model)
+    tables = [[Cell(one, one.spec.replace(cost=cost)) for one in contenders] for contenders in line_ups]
+    cells = [cell for table in tables for cell in table]
+    with command.progress("measuring", len(cells) * len(windows)) as bar:
+        measure(model, routing, cells, windows, calibration, bar)
+    report: dict[str, Any] = {}
+    if calibration is not None:
+        cost, report = calibration.fit()
+        command.say(cost.source)
+    model.close()
+    results = [compare(table, windows, cost, spec) for table, spec in zip(tables, specs, strict=True)]
+    for result in results:
+        show(result)
+    if args.json is not None:
+        about = {"workload": args.workload, "tokens": args.tokens, "seed": args.seed, "prefetches": args.prefetches}
+        content = about | {"cost": asdict(cost), "calibration": report, "tables": results}
+        with atomic_path(args.json) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n")
+        command.say(f"wrote {args.json}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return command.run(Args, fidelity, argv, "fidelity experts", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
