@@ -380,17 +380,21 @@ def bound_s(workload: Workload, spec: ExpertCachingSpec) -> float:
     """Seconds that no policy can beat: max(computing, Belady's loads one after another), one sequence at a time.
 
     With prefetch, loads stay at least Belady's (with bypass where the spec allows it), and a channel reads one at a
-    time.
+    time. The clock starts when the first gate answers.
     """
-    from ..baselines.expert_caching import belady_loads
+    from ..baselines.expert_caching import belady
+    from ..envs.expert_caching.sim import Simulator
 
-    cost = spec.cost
-    layers, k, tokens = workload.num_layers, workload.top_k, workload.num_tokens
-    layer_s = cost.attention_s + cost.attention_token_s + k * (cost.expert_s + cost.expert_token_s)
-    compute_s = tokens * (layers * layer_s + cost.step_s)
-    loads = belady_loads(workload, spec.slots_of(layers, workload.num_experts, k), bypass=spec.bypass)
-    at_first = int(loads.sum()) - (sum(spec.slots_of(layers, workload.num_experts, k)) if spec.warm_start else 0)
-    return max(compute_s, at_first * cost.load_s)
+    cost, plain = spec.cost, spec.replace(max_prefetch=0)
+    simulator = Simulator(plain, recording=False)
+    simulator.reset(workload)
+    simulator.run(belady(workload, plain))
+    loads = int(simulator.state().engine[0]["num_demand_loads"])
+    layers, tokens = workload.num_layers, workload.num_tokens
+    gate_s = cost.attention_s + cost.attention_token_s
+    experts_s = workload.top_k * (cost.expert_s + cost.expert_token_s)
+    compute_s = tokens * layers * (gate_s + experts_s) - gate_s + (tokens - 1) * cost.step_s
+    return max(compute_s, loads * cost.load_s)
 
 
 def draw_run(timeline_path: Path, about: dict[str, Any]) -> Any:
@@ -478,6 +482,7 @@ def _open(args: Any, objective: str) -> ExpertComparison:
         num_sequences=args.sequences,
         bypass=args.bypass,
         eviction_only=objective == "hit_rate",
+        warm_start=is_real,
     )
     spec.slots_of(trace.test.num_layers, trace.test.num_experts, trace.test.top_k)
     if args.cost_model is not None:

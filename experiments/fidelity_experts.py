@@ -56,9 +56,6 @@ POLICIES = (
 ON_DEMAND = "lru"
 """What the others are compared with."""
 EVICTING_AGENT = "agent_on_demand"
-AGENT_PREFETCHES = 1
-"""Most prefetches that the agent may ask for in a layer: a second one would be begun just before the next gate answers,
-and delay the loads on demand."""
 CALIBRATION_TOKENS = 60
 
 
@@ -120,7 +117,7 @@ def line_up(names: Sequence[str], spec: ExpertCachingSpec, trace: Trace, prefetc
 def agent(name: str, spec: ExpertCachingSpec, trace: Trace) -> Contender:
     """The shipped agent or that of a checkpoint folder; as `EVICTING_AGENT` the shipped one without its prefetches."""
     from ..agents.expert_caching import LearnedCaching, load_eviction
-    from .expert_caching import AGENT, Contender, shipped_folder
+    from .expert_caching import AGENT, AGENT_PREFETCHES, Contender, shipped_folder
 
     folder = shipped_folder(trace) if name in (AGENT, EVICTING_AGENT) else Path(name)
     policy = load_eviction(folder, name)
