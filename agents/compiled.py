@@ -115,16 +115,8 @@ def with_own_scratch(weights: DeepSetsWeights) -> DeepSetsWeights:
 
 
 @njit(**UNCOUNTED, cache=True, fastmath=True)
-def _add_and_relu(rows, vector):  # pragma: no cover - compiled
-    """rows (N, H) = relu(rows + vector (H,)), in place."""
-    for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            rows[i, j] = max(rows[i, j] + vector[j], np.float32(0.0))
-
-
-@njit(**UNCOUNTED, cache=True, fastmath=True)
 def _affine(x, w, b, out):  # pragma: no cover - compiled
-    """out (H,) = x (I,) @ w (I, H) + b (H,), for a single row: no call of BLAS is worth it."""
+    """out (H,) = x (I,) @ w (I, H) + b (H,)."""
     hidden = w.shape[1]
     for j in range(hidden):
         out[j] = b[j]
@@ -146,11 +138,15 @@ def _relu(x):  # pragma: no cover - compiled
         x[j] = max(x[j], np.float32(0.0))
 
 
-# Compiled at import, by its signature: np.dot counts references, and a caller that does not would pass that on.
-@njit("void(float32[:, ::1], int64, float32[:, ::1], float32[:, ::1])", cache=True)
-def _product(rows, num_rows, w, out):  # pragma: no cover - compiled
-    """out (N, H) = rows (N, I) @ w (I, H), of the first `num_rows` rows."""
-    np.dot(rows[:num_rows], w, out[:num_rows])
+@njit(**UNCOUNTED, cache=True, fastmath=True)
+def _product(rows, num_rows, w, vector, out):  # pragma: no cover - compiled
+    """out (N, H) = relu(rows (N, I) @ w (I, H) + vector (H,)), of the first `num_rows` rows.
+
+    No call of BLAS: after a forward pass its code and buffers are out of the processor's caches.
+    """
+    for i in range(num_rows):
+        _affine(rows[i], w, vector, out[i])
+        _relu(out[i])
 
 
 @njit(**UNCOUNTED, cache=True, fastmath=True)
@@ -194,10 +190,8 @@ def _logits(weights, context, candidates, mask, logits_out):  # pragma: no cover
     shift, hidden_vector, summary, query = vectors[0], vectors[1], vectors[2], vectors[3]
 
     _affine(context, weights.context_w, weights.context_b, shift)
-    _product(weights.live, num_live, weights.candidate_w, weights.inner)
-    _add_and_relu(inner, shift)
-    _product(weights.inner, num_live, weights.row_w, weights.rows)
-    _add_and_relu(rows, weights.row_b)
+    _product(weights.live, num_live, weights.candidate_w, shift, weights.inner)
+    _product(weights.inner, num_live, weights.row_w, weights.row_b, weights.rows)
 
     pooled = weights.pooled
     for i in range(context_size):
@@ -210,8 +204,7 @@ def _logits(weights, context, candidates, mask, logits_out):  # pragma: no cover
 
     _affine(summary, weights.key_set_w, weights.key_set_b, shift)
     _affine(summary, weights.query_w, weights.query_b, query)
-    _product(weights.rows, num_live, weights.key_row_w, weights.inner)
-    _add_and_relu(inner, shift)
+    _product(weights.rows, num_live, weights.key_row_w, shift, weights.inner)
     clip, i = weights.clip[0], 0
     for k in range(num_candidates):
         if mask[k]:
