@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from .expert_caching_network import EvictionNetwork, NextLayerHead, PortableNetwork
 
 FORMAT = "expert_caching/eviction/2"
-SHIPPED = Path(__file__).parent / "shipped" / "expert_caching"
-"""Folder of the shipped scores."""
+SHIPPED = Path(__file__).parent / "shipped" / "expert_caching" / "deepseek_v2_lite"
+"""Folder of the shipped scores for DeepSeek-V2-Lite; those for other models stand beside it."""
 
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "card.md"
 TABLES = ("embedding", "own", "channels", "above_own", "above_channels")

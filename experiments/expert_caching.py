@@ -216,7 +216,7 @@ def shipped_folder(trace: Trace) -> Path:
 
     shape = {"num_layers": trace.test.num_layers, "num_experts": trace.test.num_experts, "top_k": trace.test.top_k}
     known = {}
-    for config in sorted(SHIPPED.rglob("config.json")):
+    for config in sorted(SHIPPED.glob("*/config.json")):
         known[config.parent.name] = json.loads(config.read_text()).get("model")
         if known[config.parent.name] == shape:
             return config.parent

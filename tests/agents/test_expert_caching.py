@@ -566,7 +566,7 @@ def test_broken_checkpoints_are_refused(tmp_path, policy):
 
 
 def test_the_shipped_checkpoint_is_small_and_loads():
-    folder = files("schedlab.agents") / "shipped" / "expert_caching"
+    folder = files("schedlab.agents") / "shipped" / "expert_caching" / "deepseek_v2_lite"
     sizes = [file.stat().st_size for file in folder.iterdir()]
     assert sum(sizes) < 3 << 20
     assert load_eviction(str(folder)).shape == (26, 64, 6)
@@ -578,7 +578,7 @@ def test_the_shipped_policy_beats_lru_on_held_out_sequences():
         workload = find_routing("deepseek_v2_lite")
     except InputError as error:
         pytest.skip(str(error))
-    folder = files("schedlab.agents") / "shipped" / "expert_caching"
+    folder = files("schedlab.agents") / "shipped" / "expert_caching" / "deepseek_v2_lite"
     test = workload.split(0.25, seed=2026)[0].head(600)
     loads = []
     for policy in (None, load_eviction(str(folder))):
