@@ -63,7 +63,7 @@ from schedlab.agents.expert_caching_train import (
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.expert_caching.advice import run_with_advice
 from schedlab.envs.expert_caching.sim import Simulator
-from schedlab.envs.expert_caching.spec import ExpertCachingSpec
+from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from schedlab.envs.expert_caching.workload import Workload, find_routing
 
 LAYERS, EXPERTS, K = 3, 16, 2
@@ -402,7 +402,8 @@ def test_no_advice_changes_with_the_future_or_higher_layers(workload, policy, to
 
 def test_advice_computed_once_decides_as_the_streaming_policy(workload, policy):
     """But for rounding: ties and near ties may fall otherwise."""
-    spec = ExpertCachingSpec(cache_share=0.5, max_prefetch=2, bypass=True)
+    cost = CostModel("slow attention", attention_s=2e-3, expert_s=1e-4, expert_bytes=1 << 20, bandwidth=1e9)
+    spec = ExpertCachingSpec(cost=cost, cache_share=0.5, max_prefetch=2, bypass=True)
     loads = []
     for streaming in (True, False):
         simulator = Simulator(spec)
