@@ -141,11 +141,12 @@ def calibrate_hf(args: HfArgs) -> int:
 def calibrate_experts(args: ExpertsArgs) -> int:
     """Run `schedlab calibrate experts`."""
     from ..real_backend.calibrate_experts import ExpertCalibration, write_cost
-    from .expert_caching import find_trace, open_model
+    from .expert_caching import open_model
+    from .expert_traces import find_trace
 
     if args.repeats < 1:
         raise InputError(f"repeats is {args.repeats}", remedy="Measure at least once")
-    training = find_trace(args.workload, "test", args.data_dir).training
+    training = find_trace(args.workload, args.data_dir).training
     backend = open_model(training, args)
     calibration = ExpertCalibration(
         backend.model,

@@ -1,7 +1,8 @@
 """What the commands need of a domain: a module of its name here, and the `Comparison` that it opens.
 
-The module of a domain holds `EvaluateArgs` and `open_comparison(args)`, `DeployArgs` and `open_deployment(args)`, and
-`metric_info`, `is_oracle` and `draw_run` for tables and pages. Everything else is written once, for all of them.
+The module of a domain holds `EvaluateArgs` and `open_comparison(args)`, `DeployArgs` and `open_deployment(args)`, names
+of rules that agents are `COMPARED` with, and `metric_info`, `is_oracle` and `draw_run` for tables and pages. Everything
+else is written once, for all of them.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Comparison(Protocol):
     def serve(self, policy: Policy, workload: Any, seed: int, moved: Moved) -> Served:
         """One run."""
 
-    def measure(self, served: Served) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, served: Served, policy: Any, workload: Any) -> tuple[dict[str, float], dict[str, str]]:
         """(metric -> value, metric -> unit) of a run."""
 
     def about(self, policy: Policy, workload: Any, seed: int, out: Path) -> dict[str, Any]:

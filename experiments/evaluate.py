@@ -106,7 +106,7 @@ class Evaluation:
     def _keep(self, policy: Policy, workload: Any, seed: int, served: Any) -> None:
         from ..envs.core.results import save_schedule
 
-        metrics, units = self.comparison.measure(served)
+        metrics, units = self.comparison.measure(served, policy, workload)
         key = self.key(policy.name, seed)
         about = self.comparison.about(policy, workload, seed, self.out)
         about |= {"policy": getattr(policy, "source", ""), "weights": self.fingerprints.get(policy.name)}

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from importlib.resources import files
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..envs.core.interface import Policy
     from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
     from ..envs.expert_caching.workload import Workload
+    from .expert_traces import Trace
 
 DOMAIN = "expert_caching"
 PLOTTED = ("hit_rate", "ready_rate", "tokens_per_s", "loads_per_token")
@@ -28,12 +29,8 @@ PLOTTED = ("hit_rate", "ready_rate", "tokens_per_s", "loads_per_token")
 AGENT = "agent"
 SHIPPED = Path(__file__).resolve().parent.parent / "agents" / "shipped" / DOMAIN
 """Checkpoints that come with the package."""
-MOE = "moe"
-"""The routing of our own small model, which comes with the package."""
 SIM_TOKENS, ENGINE_TOKENS = 2048, 128
 """Default number of tokens in a run."""
-HELD_OUT, SPLIT_SEED = 0.25, 2026
-"""Sequences that policies are measured on; they are fitted to the others."""
 FITTED = ("ridge", "learned_score", "copy_kernel", "affinity_prefetch", "moe_infinity", "expert_flow")
 """Policies that are fitted to the training sequences."""
 ORACLES = ("belady", "belady_bypass")
@@ -51,7 +48,7 @@ class EvaluateArgs(evaluate.Args):
     """What is scheduled."""
     policies: tuple[str, ...] = ("lru", "lfu", "ema_95", "arc", "belady")
     """Names of rules and oracles, `agent` (the shipped one), or checkpoint folders."""
-    workload: str = MOE
+    workload: str = "moe"
     """Routing: `moe` (of our own small model), a name in the data folder (deepseek_v2_lite), a file, or synthetic."""
     cache: float = 0.25
     """Share of the experts of each layer that fits into the cache."""
@@ -85,7 +82,7 @@ class DeployArgs(deploy.Args):
 
     backend: Literal["experts"] = "experts"
     """The engine: a Mixture-of-Experts model whose experts are read from a file."""
-    workload: str = MOE
+    workload: str = "moe"
     """Routing: `moe` (of our own small model), a name in the data folder (deepseek_v2_lite), a file, or synthetic."""
     cache: float = 0.25
     """Share of the experts of each layer that fits into the cache."""
@@ -110,39 +107,7 @@ class DeployArgs(deploy.Args):
 
 
 COMPARED = ("lru", "ema_95")
-"""Rules that every deployment is shown beside."""
-
-
-# ------------------------------------------------------------------------------------------------- traces
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Sequences to measure on, and those that policies are fitted to."""
-
-    name: str
-    test: Workload
-    training: Workload
-    part: str
-
-    def draw(self, tokens: int, seed: int) -> Workload:
-        """`tokens` tokens of the test sequences, in an order that the seed draws."""
-        order = np.random.default_rng(seed).permutation(len(self.test))
-        return self.test.select(order, name=self.test.name).head(tokens)
-
-
-def find_trace(name: str, part: str = "test", data_dir: Path | None = None) -> Trace:
-    """The trace of a name or file, split by whole sequences. Raises InputError."""
-    from ..envs.expert_caching.workload import find_routing, load_routing
-
-    if name == MOE:
-        workload = load_routing(Path(str(files("schedlab.real_backend") / "data" / "moe.npz")))
-    else:
-        workload = find_routing(name, data_dir)
-    if part == "all":
-        return Trace(name, workload, workload, part)
-    test, training = workload.split(HELD_OUT, 1 - HELD_OUT, seed=SPLIT_SEED)
-    return Trace(name, test.with_prior(training.popularity()), training, part)
+"""Rules that agents are shown beside."""
 
 
 # --------------------------------------------------------------------------------------------- contenders
@@ -157,6 +122,10 @@ class Contender:
     make: Callable[[Workload], Any]
     source: str = ""
     is_oracle: bool = False
+
+    def at_cost(self, cost: CostModel) -> Contender:
+        """The same on another machine."""
+        return replace(self, spec=self.spec.replace(cost=cost))
 
 
 def is_oracle(policy: str) -> bool:
@@ -310,17 +279,18 @@ class ExpertComparison:
         """One run of a `Contender`."""
         return self.backend.serve(policy, workload, seed, moved)
 
-    def measure(self, served: Any) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, served: Served, policy: Contender, workload: Workload) -> tuple[dict[str, float], dict[str, str]]:
         """Hits, loads and times; the shares of what is possible; and the cost of deciding."""
         from ..envs.expert_caching.metrics import compute_metrics
 
-        metrics = compute_metrics(served.timeline)
-        if served.spec.eviction_only:  # no times
+        timeline: Any = served.timeline
+        metrics = compute_metrics(timeline)
+        if policy.spec.eviction_only:  # no times
             metrics = {name: value for name, value in metrics.items() if _info()[name][0] not in ("s", "tokens/s")}
         if self.objective == "hit_rate":
-            metrics["gap_closed"] = gap_closed(served.timeline, served.workload, served.spec)
+            metrics["gap_closed"] = gap_closed(timeline, workload, policy.spec)
         elif self.spec.num_sequences == 1:
-            metrics["bound_share"] = bound_s(served.workload, self.spec) / metrics["time_s"]
+            metrics["bound_share"] = max(least_times(workload, self.spec)) / metrics["time_s"]
         metrics |= decision_metrics(served, is_real=self.backend_name != "sim")
         return metrics, {name: DECISION_UNITS.get(name) or metric_info(name)[0] for name in metrics}
 
@@ -350,8 +320,8 @@ def metric_info(name: str) -> tuple[str, bool | None]:
     """(unit, lower is better) of a metric.
 
     Beside those of `envs.expert_caching.metrics`: `gap_closed`, of the loads by which Belady's rule beats LRU, the
-    share that a policy without prefetch saves; `bound_share`, the least time that any policy can take (`bound_s`) over
-    the time taken. Raises InputError.
+    share that a policy without prefetch saves; `bound_share`, the least time that any policy can take (`least_times`)
+    over the time taken. Raises InputError.
     """
     if name not in _info():
         raise InputError(f"unknown metric {name!r}", remedy=f"Choose one of {', '.join(_info())}")
@@ -360,41 +330,54 @@ def metric_info(name: str) -> tuple[str, bool | None]:
 
 def gap_closed(timeline: Any, workload: Workload, spec: ExpertCachingSpec) -> float:
     """(LRU's loads - loads) / (LRU's loads - Belady's); nan for policies that load ahead, or without a gap."""
-    from ..baselines.expert_caching import RULES, belady
-    from ..envs.expert_caching.sim import Simulator
     from ..envs.expert_caching.timeline import PREFETCH
 
     if (timeline.loads["kind"] == PREFETCH).any() or spec.bypass:
         return float("nan")
-    loads = []
-    for rule in (RULES["lru"], belady(workload, spec)):
-        simulator = Simulator(spec, recording=False)
-        simulator.reset(workload)
-        simulator.run(rule)
-        loads.append(int(simulator.state().engine[0]["num_demand_loads"]))
-    lru, best = loads
+    lru, best = reference_loads(workload, spec)
     return (lru - len(timeline.loads)) / (lru - best) if lru > best else float("nan")
 
 
-def bound_s(workload: Workload, spec: ExpertCachingSpec) -> float:
-    """Seconds that no policy can beat: max(computing, Belady's loads one after another), one sequence at a time.
+@lru_cache(maxsize=8)  # a workload equals itself only; all policies of a comparison ask for the same few
+def reference_loads(workload: Workload, spec: ExpertCachingSpec) -> tuple[int, int]:
+    """Loads of LRU, and of Belady's rule (with bypass where the spec allows it), on demand."""
+    from ..baselines.expert_caching import RULES, belady
 
-    With prefetch, loads stay at least Belady's (with bypass where the spec allows it), and a channel reads one at a
-    time. The clock starts when the first gate answers.
-    """
-    from ..baselines.expert_caching import belady
+    plain = spec.replace(max_prefetch=0)
+    return demand_loads(workload, plain, RULES["lru"]), demand_loads(workload, plain, belady(workload, plain))
+
+
+def demand_loads(workload: Workload, spec: ExpertCachingSpec, policy: Any) -> int:
+    """Loads on demand of a rule or a learned policy, compiled, in the simulator."""
     from ..envs.expert_caching.sim import Simulator
 
-    cost, plain = spec.cost, spec.replace(max_prefetch=0)
-    simulator = Simulator(plain, recording=False)
+    simulator = Simulator(spec, recording=False)
     simulator.reset(workload)
-    simulator.run(belady(workload, plain))
-    loads = int(simulator.state().engine[0]["num_demand_loads"])
-    layers, tokens = workload.num_layers, workload.num_tokens
+    run_compiled(simulator, policy)
+    return int(simulator.state().engine[0]["num_demand_loads"])
+
+
+def run_compiled(simulator: Any, policy: Any) -> None:
+    """Run a rule or a learned policy to the end."""
+    from ..envs.expert_caching.rule import Rule
+
+    if isinstance(policy, Rule):
+        simulator.run(policy)
+    else:
+        policy.run(simulator)
+
+
+def least_times(workload: Workload, spec: ExpertCachingSpec) -> tuple[float, float]:
+    """Seconds of computing, and of Belady's loads one after another: no policy is faster than the longer of the two.
+
+    One sequence at a time. With prefetch, loads stay at least Belady's (with bypass where the spec allows it), and a
+    channel reads one at a time. The clock starts when the first gate answers.
+    """
+    cost, layers, tokens = spec.cost, workload.num_layers, workload.num_tokens
     gate_s = cost.attention_s + cost.attention_token_s
     experts_s = workload.top_k * (cost.expert_s + cost.expert_token_s)
     compute_s = tokens * layers * (gate_s + experts_s) - gate_s + (tokens - 1) * cost.step_s
-    return max(compute_s, loads * cost.load_s)
+    return compute_s, reference_loads(workload, spec)[1] * cost.load_s
 
 
 def draw_run(timeline_path: Path, about: dict[str, Any]) -> Any:
@@ -408,32 +391,19 @@ def draw_run(timeline_path: Path, about: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ backends
 
 
-@dataclass
-class ExpertServed(Served):
-    """`Served`, what was served, and under which spec."""
-
-    workload: Any = None
-    spec: Any = None
-
-
 class SimulatedModel:
     """Runs each contender compiled, in a simulator with its own spec."""
 
     clock = "model"
 
-    def serve(self, contender: Contender, workload: Workload, seed: int, moved: Moved) -> ExpertServed:
+    def serve(self, contender: Contender, workload: Workload, seed: int, moved: Moved) -> Served:
         """One run."""
-        from ..envs.expert_caching.rule import Rule
         from ..envs.expert_caching.sim import Simulator
 
         simulator = Simulator(contender.spec)
         simulator.reset(workload)
-        policy = contender.make(workload)
-        if isinstance(policy, Rule):
-            simulator.run(policy)
-        else:
-            policy.run(simulator)
-        return ExpertServed(simulator.timeline(), workload=workload, spec=contender.spec)
+        run_compiled(simulator, contender.make(workload))
+        return Served(simulator.timeline())
 
     def close(self) -> None:
         """Nothing is held."""
@@ -447,7 +417,7 @@ class RealModel:
     def __init__(self, model: Any, routing: str) -> None:
         self.model, self.routing = model, routing
 
-    def serve(self, contender: Contender, workload: Workload, seed: int, moved: Moved) -> ExpertServed:
+    def serve(self, contender: Contender, workload: Workload, seed: int, moved: Moved) -> Served:
         """One run."""
         from ..envs.expert_caching.workload import interleave
         from ..real_backend.experts import ExpertEngine
@@ -456,42 +426,43 @@ class RealModel:
         engine = ExpertEngine(self.model, contender.spec, routing=self.routing)
         try:
             policy: Policy = contender.make(workload)
-            served = serve(engine, policy, workload, seed, moved, lambda state: float(state.engine[0]["step"]) / steps)
+            return serve(engine, policy, workload, seed, moved, lambda state: float(state.engine[0]["step"]) / steps)
         finally:
             engine.close()
-        return ExpertServed(**vars(served), workload=workload, spec=contender.spec)
 
     def close(self) -> None:
         """Remove the file of experts."""
         self.model.close()
 
 
-def _open(args: Any, objective: str) -> ExpertComparison:
-    """The comparison that the arguments of a command describe. Raises InputError."""
+def base_spec(args: Any, trace: Trace, objective: str) -> ExpertCachingSpec:
+    """What the arguments of a command say of the cache, with a cost model if one is named. Raises InputError."""
     from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
 
-    trace = find_trace(args.workload, getattr(args, "part", "test"), args.data_dir)
-    is_real = args.backend == "experts"
-    if is_real and objective == "hit_rate":
-        raise InputError("the experts backend measures times", remedy="Give --objective tokens_per_s")
     if args.window is not None and args.window < 1:
         raise InputError(f"--window is {args.window}", remedy="Give a positive number of tokens")
-    window = min(args.window or (ENGINE_TOKENS if is_real else SIM_TOKENS), trace.test.num_tokens)
+    if args.backend == "experts" and objective == "hit_rate":
+        raise InputError("the experts backend measures times", remedy="Give --objective tokens_per_s")
     spec = ExpertCachingSpec(
         cache_share=args.cache,
         num_sequences=args.sequences,
         bypass=args.bypass,
         eviction_only=objective == "hit_rate",
-        warm_start=is_real,
+        warm_start=args.backend == "experts",
     )
     spec.slots_of(trace.test.num_layers, trace.test.num_experts, trace.test.top_k)
-    if args.cost_model is not None:
-        spec = spec.replace(cost=CostModel.load(args.cost_model))
+    return spec if args.cost_model is None else spec.replace(cost=CostModel.load(args.cost_model))
+
+
+def open_backend(args: Any, trace: Trace, spec: ExpertCachingSpec, objective: str) -> ExpertComparison:
+    """The comparison on the simulator or on a real model, whose cost is measured if no model of it is named."""
+    is_real = args.backend == "experts"
     backend: Any = SimulatedModel()
     if is_real:
         backend = open_model(trace.test, args)
         if args.cost_model is None:
             spec = spec.replace(cost=measured_cost(backend, trace.training, args.seed))
+    window = min(args.window or (ENGINE_TOKENS if is_real else SIM_TOKENS), trace.test.num_tokens)
     return ExpertComparison(trace, spec, objective, window, backend, args.backend)
 
 
@@ -521,39 +492,34 @@ def measured_cost(backend: RealModel, workload: Workload, seed: int) -> CostMode
 
 def open_comparison(args: EvaluateArgs) -> tuple[ExpertComparison, list[Contender], dict[str, str | None]]:
     """The comparison, its contenders, and digests of their weights. Raises InputError."""
-    from ..envs.expert_caching.spec import ExpertCachingSpec
+    from .expert_traces import find_trace
 
-    trace = find_trace(args.workload, args.part, args.data_dir)
-    check = ExpertCachingSpec(cache_share=args.cache, num_sequences=args.sequences, bypass=args.bypass)
+    trace = find_trace(args.workload, args.data_dir, part=args.part)
+    spec = base_spec(args, trace, args.objective)
+    contenders = find_contenders(args.policies, spec, trace)  # before a model is written: names may be wrong
     prints = {name: fingerprint(name, trace) for name in args.policies}
-    for name in args.policies:  # a wrong name is told before a model is written
-        if name not in FITTED:
-            find_contender(name, check, trace)
-    comparison = _open(args, args.objective)
-    return comparison, find_contenders(args.policies, comparison.spec, comparison.trace), prints
+    comparison = open_backend(args, trace, spec, args.objective)
+    return comparison, [contender.at_cost(comparison.spec.cost) for contender in contenders], prints
 
 
 def open_deployment(args: DeployArgs) -> Deployment:
     """The guarded policy on the real model, with the rules that it is compared with. Raises InputError."""
-    from ..envs.expert_caching.spec import ExpertCachingSpec
     from ..real_backend.experts_guard import GuardedCachePolicy
+    from .expert_traces import find_trace
 
-    trace = find_trace(args.workload, "test", args.data_dir)
-    check = ExpertCachingSpec(cache_share=args.cache, num_sequences=args.sequences, bypass=args.bypass)
-    if find_contender(args.policy, check, trace).is_oracle:
+    trace = find_trace(args.workload, args.data_dir)
+    spec = base_spec(args, trace, "tokens_per_s")
+    contender, *others = find_contenders(list(dict.fromkeys((args.policy, *COMPARED))), spec, trace)
+    if contender.is_oracle:
         raise InputError(
             f"policy {args.policy!r} needs to know the future", remedy="Deploy another; `evaluate` has rows for oracles"
         )
-    comparison = _open(args, "tokens_per_s")
-    contender = find_contender(args.policy, comparison.spec, comparison.trace)
-    guard = GuardedCachePolicy(contender.make(comparison.trace.test), args.time_budget, on_failure=lambda *_: None)
-    others = [name for name in COMPARED if name != args.policy]
+    comparison = open_backend(args, trace, spec, "tokens_per_s")
+    guard = GuardedCachePolicy(contender.make(trace.test), args.time_budget, on_failure=lambda *_: None)
+    policies = [replace(contender, make=lambda workload: guard), *others]
     return Deployment(
         comparison=comparison,
         guard=guard,
-        policies=[
-            replace(contender, make=lambda workload: guard),
-            *find_contenders(others, comparison.spec, comparison.trace),
-        ],
+        policies=[policy.at_cost(comparison.spec.cost) for policy in policies],
         fingerprints={args.policy: fingerprint(args.policy, trace)},
     )

@@ -35,8 +35,9 @@ from ..envs.core.results import atomic_path
 from ..envs.expert_caching.rule import Rule
 from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import ExpertCachingSpec
-from ..envs.expert_caching.workload import Workload, find_routing
+from ..envs.expert_caching.workload import Workload
 from . import command
+from .expert_traces import HELD_OUT, SPLIT_SEED, find_trace
 
 if TYPE_CHECKING:
     from ..agents.expert_caching import LearnedEviction
@@ -67,9 +68,9 @@ class Args:
     """Optimizer steps of each."""
     head_steps: int = 800
     """Optimizer steps of its head for the layer above."""
-    held_out: float = 0.25
+    held_out: float = HELD_OUT
     """Share of the sequences that the table is measured on; training sees the others."""
-    split_seed: int = 2026
+    split_seed: int = SPLIT_SEED
     bootstrap: int = 2000
     """Resamples of the intervals."""
     deployed_tokens: int = 8000
@@ -248,12 +249,12 @@ def deployed(policy: LearnedEviction, workload: Workload) -> tuple[list[int], li
     return loads, microseconds
 
 
-def held_out_split(args: Args) -> tuple[Workload, Workload]:
-    """The training and the held-out sequences. What a run may know beforehand is the popularity in training."""
-    workload = find_routing(args.trace, args.data_dir)
-    test, train = workload.split(args.held_out, 1 - args.held_out, seed=args.split_seed)
+def split(args: Args) -> tuple[Workload, Workload]:
+    """The training and the held-out sequences."""
+    trace = find_trace(args.trace, args.data_dir, held_out=args.held_out, seed=args.split_seed)
+    train, test = trace.training, trace.test
     command.say(f"{len(train)} sequences to train on ({train.num_tokens} tokens), {len(test)} held out")
-    return train.with_prior(train.popularity()), test.with_prior(train.popularity())
+    return train, test
 
 
 def training_of(args: Args, seed: int) -> EvictionTraining:
@@ -338,7 +339,7 @@ def measure(args: Args) -> dict[str, Any]:
             f"{args.seeds} seeds, {args.held_out} of the sequences held out",
             remedy="Give at least one seed, and a share between 0 and 1",
         )
-    train, test = held_out_split(args)
+    train, test = split(args)
     training_trace = prepare_trace(train, args.out)
     networks = train_networks(args, training_trace)
     head = train_heads(args, training_trace, networks[:1])[0]  # of the seed that is deployed

@@ -23,7 +23,8 @@ from ..envs.expert_caching.env import ExpertCachingVectorEnv, Task
 from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import DEEPSEEK_V2_LITE_A100, CostModel, ExpertCachingSpec
 from ..envs.expert_caching.table import FEATURE_VERSION
-from ..envs.expert_caching.workload import Workload, find_routing
+from ..envs.expert_caching.workload import Workload
+from .expert_traces import find_trace
 
 if TYPE_CHECKING:
     from ..agents.policy import PointerPolicy
@@ -42,9 +43,6 @@ DEEPSEEK_V2_LITE_DISK = CostModel(
     "own model, scaled to 17.3 MB",
 )
 """DeepSeek-V2-Lite on a machine on which a load takes as long as a layer."""
-
-SPLIT_SEED, HELD_OUT = 2026, 0.25
-"""The split that the shipped scores were trained by: what is held out there is held out here."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,6 @@ SETTINGS = tuple(
 """Where the agent is trained and measured; knobs from `tune`."""
 
 
-def training_sequences(data_dir: DataDir) -> Workload:
-    """The DeepSeek-V2-Lite sequences that the shipped scores were trained on."""
-    workload = find_routing("deepseek_v2_lite", data_dir)
-    _, train = workload.split(HELD_OUT, 1 - HELD_OUT, seed=SPLIT_SEED)
-    return train.with_prior(train.popularity())
-
-
-def held_out_sequences(data_dir: DataDir) -> Workload:
-    """The others. What a run may know beforehand is the popularity in training."""
-    workload = find_routing("deepseek_v2_lite", data_dir)
-    test, train = workload.split(HELD_OUT, 1 - HELD_OUT, seed=SPLIT_SEED)
-    return test.with_prior(train.popularity())
-
-
 def advised_tasks(workload: Workload, settings: Sequence[Setting]) -> list[Task]:
     """One task a setting; advice is computed once for every cache size."""
     weights = load_eviction(SHIPPED_SCORES).weights
@@ -122,7 +106,7 @@ def build(seed: int, data_dir: DataDir, tokens: int, **changes: Any) -> Recipe:
     from ..agents.train import TrainConfig
     from .presets import Recipe
 
-    train = training_sequences(data_dir)
+    train = find_trace("deepseek_v2_lite", data_dir).training
     drawn, validation = train.split(0.8, 0.2, seed=seed)
     tasks = advised_tasks(drawn.head(tokens), SETTINGS)
     rules = [advice_rule(setting.knobs) for setting in SETTINGS]

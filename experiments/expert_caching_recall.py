@@ -27,7 +27,7 @@ from ..envs.core.results import atomic_path
 from ..envs.expert_caching.affinity import Affinity
 from ..envs.expert_caching.workload import Workload
 from . import command
-from .expert_caching_gap import CHUNK, held_out_split, train_heads, train_networks
+from .expert_caching_gap import CHUNK, split, train_heads, train_networks
 from .expert_caching_gap import Args as GapArgs
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def measure(args: Args) -> dict[str, Any]:
     from ..agents.expert_caching_train import prepare_trace
 
     torch.set_num_threads(1)
-    train, test = held_out_split(args)
+    train, test = split(args)
     training_trace = prepare_trace(train, args.out)
     networks = train_networks(args, training_trace)
     heads = train_heads(args, training_trace, networks)

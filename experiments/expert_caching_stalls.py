@@ -36,7 +36,8 @@ from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import ExpertCachingSpec
 from ..envs.expert_caching.workload import Workload
 from . import command
-from .expert_caching_presets import SETTINGS, Setting, held_out_sequences, training_sequences
+from .expert_caching_presets import SETTINGS, Setting
+from .expert_traces import find_trace
 
 
 @dataclass
@@ -154,7 +155,8 @@ def measure(args: Args) -> dict[str, Any]:
     """Run every row in every setting and return what results.json holds. Raises InputError."""
     if args.parts < 2:
         raise InputError(f"{args.parts} parts give no interval", remedy="Give at least 2")
-    train, test = training_sequences(args.data_dir), held_out_sequences(args.data_dir)
+    trace = find_trace("deepseek_v2_lite", args.data_dir)
+    train, test = trace.training, trace.test
     parts = parts_of(test, args.parts, args.tokens)
     prefetchers, cells = fitted(train), {}
     for setting in SETTINGS:

@@ -16,23 +16,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..baselines.expert_caching import RULES, belady_loads
 from ..envs.core.results import atomic_path
-from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import ExpertCachingSpec
-from ..envs.expert_caching.workload import Workload, find_routing
 from . import command
-from .expert_caching_gap import SHARES, held_out_split, percent_closed
+from .expert_caching import demand_loads
+from .expert_caching_gap import SHARES, percent_closed, split
 from .expert_caching_gap import Args as GapArgs
-
-if TYPE_CHECKING:
-    from ..agents.expert_caching import LearnedEviction
-
-OWN_TRACE = Path(__file__).parents[1] / "real_backend" / "data" / "moe.npz"
+from .expert_traces import MOE, load_trace
 
 
 @dataclass
@@ -43,19 +38,8 @@ class Args(GapArgs):
     """Folder of zero_shot.json, and of what is computed from traces once."""
     own_tokens: int = 8000
     """Held-out tokens of the trace trained on, beside which the other one stands."""
-    other: Path = OWN_TRACE
-    """Routing trace of the other model. Default: the recorded routing of our own."""
-
-
-def loads_of(workload: Workload, share: float, policy: LearnedEviction | None = None) -> int:
-    """Loads on demand of a policy, by default LRU."""
-    simulator = Simulator(ExpertCachingSpec(cache_share=share, eviction_only=True, history_tokens=1), recording=False)
-    simulator.reset(workload)
-    if policy is None:
-        simulator.run(RULES["lru"])
-    else:
-        policy.run(simulator)
-    return int(simulator.state().engine[0]["num_demand_loads"])
+    other: str = MOE
+    """Routing trace of the other model: `moe` (of our own small one), a name in the data folder, or a file."""
 
 
 def measure(args: Args) -> dict[str, Any]:
@@ -66,24 +50,25 @@ def measure(args: Args) -> dict[str, Any]:
     from ..agents.expert_caching_train import EvictionTraining, prepare_trace, train_portable
 
     torch.set_num_threads(1)
-    train, test = held_out_split(args)
+    train, test = split(args)
     trace = prepare_trace(train, args.out)
     networks = []
     for seed in range(args.seeds):
         command.say(f"training seed {seed}")
         networks.append(train_portable(trace, EvictionTraining(seed=seed)))
     rows: dict[str, Any] = {}
-    measured = {"same model, held out": test.head(args.own_tokens), str(args.other): find_routing(str(args.other))}
+    measured = {"same model, held out": test.head(args.own_tokens), args.other: load_trace(args.other, args.data_dir)}
     for name, workload in measured.items():
         layers, experts, k = workload.num_layers, workload.num_experts, workload.top_k
         uses = workload.num_tokens * layers * k
         row: dict[str, list] = {"lru": [], "belady": [], "agent": [], "gap": [], "points": []}
         for share in SHARES:
             command.say(f"measuring {name} at {share:.1%}")
-            lru = loads_of(workload, share)
+            spec = ExpertCachingSpec(cache_share=share, eviction_only=True, history_tokens=1)
+            lru = demand_loads(workload, spec, RULES["lru"])
             best = int(belady_loads(workload, (round(share * experts),) * layers).sum())
             agent = [
-                loads_of(workload, share, LearnedEviction("portable", pack_portable(network, layers, experts), k))
+                demand_loads(workload, spec, LearnedEviction("portable", pack_portable(network, layers, experts), k))
                 for network in networks
             ]
             row["lru"].append(1 - lru / uses)

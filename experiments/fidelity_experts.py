@@ -31,13 +31,13 @@ from ..envs.core.errors import InputError
 from . import command
 
 if TYPE_CHECKING:
-    from ..envs.expert_caching.affinity import Affinity
     from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
     from ..envs.expert_caching.timeline import Timeline
     from ..envs.expert_caching.workload import Workload
     from ..real_backend.calibrate_experts import ExpertCalibration
     from ..real_backend.experts import ExpertEngine, OffloadedModel
-    from .expert_caching import Contender, Trace
+    from .expert_caching import Contender
+    from .expert_traces import Trace
 
 POLICIES = (
     "lru",
@@ -105,43 +105,14 @@ def line_up(names: Sequence[str], spec: ExpertCachingSpec, trace: Trace, prefetc
 
     contenders = []
     for name in dict.fromkeys((ON_DEMAND, *names)):
-        if name in (AGENT, EVICTING_AGENT) or Path(name).is_dir():
-            contenders.append(agent(name, spec, trace))
-        else:
-            found = find_contender(name, spec, trace)
-            most = min(found.spec.max_prefetch, prefetches)
-            contenders.append(replace(found, spec=found.spec.replace(max_prefetch=most)))
+        found = find_contender(AGENT if name == EVICTING_AGENT else name, spec, trace)
+        most = found.spec.max_prefetch
+        if name == EVICTING_AGENT:
+            most = 0
+        elif name != AGENT and not Path(name).is_dir():
+            most = min(most, prefetches)
+        contenders.append(replace(found, name=name, spec=found.spec.replace(max_prefetch=most)))
     return contenders
-
-
-def agent(name: str, spec: ExpertCachingSpec, trace: Trace) -> Contender:
-    """The shipped agent or that of a checkpoint folder; as `EVICTING_AGENT` the shipped one without its prefetches."""
-    from ..agents.expert_caching import LearnedCaching, load_eviction
-    from .expert_caching import AGENT, AGENT_PREFETCHES, Contender, shipped_folder
-
-    folder = shipped_folder(trace) if name in (AGENT, EVICTING_AGENT) else Path(name)
-    policy = load_eviction(folder, name)
-    if name != EVICTING_AGENT:
-        policy = LearnedCaching(name, policy.weights, policy.shape[2])
-        spec = spec.replace(max_prefetch=AGENT_PREFETCHES)
-    return Contender(name, spec, lambda window: policy)
-
-
-def with_guesses(workload: Workload, affinity: Affinity) -> Workload:
-    """The workload with predictions of each next layer: the 2k experts that most often follow those of this one.
-
-    They stand in for what the next layer's gate says of this layer's gate input, where a trace has no record of that.
-    """
-    layers, num_experts, k = workload.num_layers, workload.num_experts, workload.top_k
-    width = min(2 * k, num_experts)
-    predicted = np.full((workload.num_tokens, layers, width), -1, np.int16)
-    probability = np.zeros(predicted.shape, np.float32)
-    for layer in range(layers - 1):
-        scores = affinity.next_layer[layer][workload.experts[:, layer]].mean(axis=1)  # (T, E)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :width]
-        predicted[:, layer + 1] = best
-        probability[:, layer + 1] = np.take_along_axis(scores, best, axis=1).clip(0.0, 1.0)
-    return workload.with_predictions(predicted, probability)
 
 
 # ------------------------------------------------------------------------------------------------ measurement
@@ -152,8 +123,6 @@ class Cell:
     """What one contender did on the engine, a figure for each window."""
 
     contender: Contender
-    spec: ExpertCachingSpec
-    """The contender's, with the cost model of the engine."""
     seconds: list[float] = field(default_factory=list)
     deciding_s: list[float] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
@@ -192,10 +161,10 @@ def measure(
             for i in range(len(cells)):
                 cell = cells[(i + turn) % len(cells)]
                 moved(turn * len(cells) + i, f"window {turn + 1}, {cell.contender.name}")
-                if engine is None or engine.capacity != cell.spec:
+                if engine is None or engine.capacity != cell.contender.spec:
                     if engine is not None:
                         engine.close()
-                    engine = ExpertEngine(model, cell.spec, routing=routing)
+                    engine = ExpertEngine(model, cell.contender.spec, routing=routing)
                 serve_window(engine, cell, window)
                 for _ in range(due[i + 1] - due[i]):
                     next(to_calibrate, None)
@@ -219,43 +188,25 @@ def serve_window(engine: ExpertEngine, cell: Cell, window: Workload) -> None:
     cell.timelines.append(engine.timeline())
 
 
-def simulate(
-    contender: Contender, spec: ExpertCachingSpec, windows: Sequence[Workload], cost: CostModel
-) -> list[float]:
+def simulate(contender: Contender, windows: Sequence[Workload], cost: CostModel) -> list[float]:
     """Seconds of each window in the simulator."""
     from ..envs.expert_caching.sim import Simulator
     from ..real_backend.calibrate_experts import serve
 
-    simulator, seconds = Simulator(spec.replace(cost=cost), recording=False), []
+    simulator, seconds = Simulator(contender.at_cost(cost).spec, recording=False), []
     for window in windows:
         simulator.reset(window)
         seconds.append(serve(simulator, contender.make(window)))
     return seconds
 
 
-def bound(spec: ExpertCachingSpec, windows: Sequence[Workload], cost: CostModel) -> dict[str, float]:
-    """Seconds that the windows take at least, with a cache of this size: max(compute, Belady's loads x load time).
+def bound(spec: ExpertCachingSpec, windows: Sequence[Workload]) -> dict[str, float]:
+    """Seconds that the windows take at least, with a cache of this size: sums of `least_times`, and of the longer."""
+    from .expert_caching import least_times
 
-    With prefetches a policy may hide all loads behind the computation, but it cannot load less than Belady's rule; of a
-    cache that may be bypassed, than that of Belady with bypass.
-    """
-    from ..baselines.expert_caching import belady
-    from ..envs.expert_caching.sim import Simulator
-
-    plain = spec.replace(cost=cost, max_prefetch=0)
-    simulator = Simulator(plain, recording=False)
-    rows = []
-    for window in windows:
-        simulator.reset(window)
-        simulator.run(belady(window, plain))
-        layers, tokens, k = window.num_layers, window.num_tokens, window.top_k
-        gate_s, experts_s = cost.attention_s + cost.attention_token_s, k * (cost.expert_s + cost.expert_token_s)
-        load_s = float(simulator.state().engine[0]["num_demand_loads"]) * cost.load_s
-        compute_s = tokens * layers * (gate_s + experts_s) - gate_s  # the clock starts when the first gate answers
-        compute_s += (tokens - 1) * cost.step_s
-        rows.append((compute_s, load_s, max(compute_s, load_s)))
-    compute_s, load_s, most_s = np.sum(rows, axis=0).tolist()
-    return {"compute_s": compute_s, "load_s": load_s, "seconds": most_s}
+    times = np.array([least_times(window, spec) for window in windows])
+    compute_s, load_s = times.sum(axis=0).tolist()
+    return {"compute_s": compute_s, "load_s": load_s, "seconds": float(times.max(axis=1).sum())}
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -274,12 +225,12 @@ def compare(
     from ..real_backend.calibrate_experts import with_decisions
 
     tokens = sum(window.num_tokens for window in windows)
-    least = bound(spec, windows, cost)
+    least = bound(spec.replace(cost=cost), windows)
     on_demand = np.array(next(cell.seconds for cell in cells if cell.contender.name == ON_DEMAND))
     rows = []
     for cell in cells:
         seconds = np.array(cell.seconds)
-        simulated = simulate(cell.contender, cell.spec, windows, with_decisions(cost, cell.decision_s))
+        simulated = simulate(cell.contender, windows, with_decisions(cost, cell.decision_s))
         metrics = [compute_metrics(timeline) for timeline in cell.timelines]
         ratios = on_demand / seconds
         rows.append(
@@ -370,19 +321,15 @@ def show(table: Mapping[str, Any]) -> None:
 def fidelity(args: Args) -> int:
     """Run `schedlab fidelity experts`."""
     from ..envs.core.results import atomic_path
-    from ..envs.expert_caching.affinity import Affinity
     from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
     from ..real_backend.calibrate_experts import ExpertCalibration
     from ..real_backend.experts import open_model
-    from .expert_caching import find_trace
+    from .expert_traces import find_trace
 
     if args.repeats < 1 or not args.cache_shares:
         raise InputError(f"{args.repeats} repeats of {len(args.cache_shares)} caches", remedy="Give at least 1 of each")
-    trace = find_trace(args.workload, data_dir=args.data_dir)
+    trace = find_trace(args.workload, args.data_dir)
     windows = [trace.draw(args.tokens, args.seed + i) for i in range(args.repeats)]
-    if windows[0].predicted.shape[2] == 0:
-        affinity = Affinity.fit(trace.training)
-        windows = [with_guesses(window, affinity) for window in windows]
     specs = [ExpertCachingSpec(cache_share=share, warm_start=True) for share in args.cache_shares]
     line_ups = [line_up(args.policies, spec, trace, args.prefetches) for spec in specs]
     model, routing = open_model(trace.test, args.model, device=args.device, folder=args.folder)
@@ -395,7 +342,7 @@ def fidelity(args: Args) -> int:
         cost = calibration.fit()[0]  # agents weigh a prefetch against the time that there is for it
     else:
         cost = CostModel.load(args.cost_model)
-    tables = [[Cell(one, one.spec.replace(cost=cost)) for one in contenders] for contenders in line_ups]
+    tables = [[Cell(one.at_cost(cost)) for one in contenders] for contenders in line_ups]
     cells = [cell for table in tables for cell in table]
     with command.progress("measuring", len(cells) * len(windows)) as bar:
         measure(model, routing, cells, windows, calibration, bar)

@@ -92,7 +92,7 @@ class DeployArgs(deploy.Args):
 
 
 COMPARED = ("fcfs", "sarathi_512")
-"""Rules that every deployment is shown beside."""
+"""Rules that agents are shown beside."""
 
 
 # ---------------------------------------------------------------------------------------------- comparison
@@ -126,7 +126,7 @@ class RequestComparison:
         return self.scenario.draw(seed)
 
     def serve(self, policy: Policy, workload: Workload, seed: int, moved: Moved) -> Served:
-        """One run; a policy `with_true_lengths` is given them."""
+        """One run; a policy `WithTrueLengths` is given them."""
         if is_oracle(policy.name):
             workload = workload.with_true_lengths()
 
@@ -135,7 +135,7 @@ class RequestComparison:
 
         return serve(self.backend, policy, workload, seed, moved, finished)
 
-    def measure(self, served: Served) -> tuple[dict[str, float], dict[str, str]]:
+    def measure(self, served: Served, policy: Any, workload: Any) -> tuple[dict[str, float], dict[str, str]]:
         """Latencies, goodput, and the cost of deciding."""
         from ..envs.request_scheduling.metrics import compute_metrics
 
@@ -154,7 +154,7 @@ class RequestComparison:
         }
 
 
-class _WithTrueLengths:
+class WithTrueLengths:
     """The same policy under the name of an oracle; `RequestComparison.serve` gives it true lengths."""
 
     is_oracle = True
@@ -165,11 +165,6 @@ class _WithTrueLengths:
         self.policy, self.name = policy, policy.name + WITH_TRUE_LENGTHS
         self.source = getattr(policy, "source", "")
         self.reset, self.decide = policy.reset, policy.decide
-
-
-def with_true_lengths(policy: Policy) -> Policy:
-    """The policy as an oracle that is given true output lengths."""
-    return _WithTrueLengths(policy)
 
 
 def is_oracle(policy: str) -> bool:
@@ -247,7 +242,7 @@ def open_comparison(args: EvaluateArgs) -> tuple[RequestComparison, list[Policy]
         backend.slo_classes = scenario.spec.slo_classes
     policies = find_policies(args.policies, scenario)
     if args.true_lengths:
-        policies += [with_true_lengths(policy) for policy in policies]
+        policies += [WithTrueLengths(policy) for policy in policies]
     prints = {name: fingerprint(name) for name in args.policies}
     return RequestComparison(scenario, backend, args.backend), policies, prints
 

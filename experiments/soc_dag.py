@@ -33,6 +33,8 @@ OBJECTIVES = {
 """Objective -> its metric."""
 DEADLINE_SLACK = 3.0
 """Deadlines, as multiples of a job's shortest possible latency."""
+COMPARED = ("heft_rt", "late_srpt")
+"""Rules that agents are shown beside."""
 
 
 @dataclass
@@ -73,6 +75,8 @@ class SocComparison:
     domain: str = field(default=DOMAIN, init=False)
 
     def __post_init__(self) -> None:
+        self._planned: Workload | None = None
+        self._rules: dict[str, Rule] = {}
         arrivals = f"every {self.stream.gap_us:g} us" if self.stream.gap_us else "at once"
         noise = f", {self.spec.noise} noise {self.spec.noise_sigma:g}" if self.spec.noise_sigma else ""
         jobs = f"{self.stream.num_jobs} jobs {arrivals}" if self.stream.num_jobs > 1 else "1 job"
@@ -95,17 +99,26 @@ class SocComparison:
         """One run, compiled, under the binding that the rule is published with."""
         from ..envs.soc_dag.sim import Simulator
 
-        rule = rule_of(policy, workload, self.soc)
+        rule = self._rule(policy, workload)
         simulator = Simulator(self.spec.replace(binding=rule.binding))
         simulator.reset(workload, seed)
         simulator.run(rule)
-        return SocServed(simulator.timeline(), workload=workload)
+        return Served(simulator.timeline())
 
-    def measure(self, served: Any) -> tuple[dict[str, float], dict[str, str]]:
+    def _rule(self, policy: Any, workload: Workload) -> Rule:
+        """`rule_of` the policy, planned once for each workload."""
+        if self._planned is not workload:
+            self._planned, self._rules = workload, {}
+        if policy.name not in self._rules:
+            self._rules[policy.name] = rule_of(policy, workload, self.soc)
+        return self._rules[policy.name]
+
+    def measure(self, served: Served, policy: Any, workload: Workload) -> tuple[dict[str, float], dict[str, str]]:
         """Latencies, makespan, energy, deadlines."""
         from ..envs.soc_dag.metrics import compute_metrics
 
-        metrics = compute_metrics(served.timeline, served.workload, self.soc)
+        timeline: Any = served.timeline
+        metrics = compute_metrics(timeline, workload, self.soc)
         left_out = [] if self.is_powered else ["energy", "edp"]
         left_out += ["deadline_misses"] if np.isnan(metrics["deadline_misses"]) else []
         metrics = {name: value for name, value in metrics.items() if name not in left_out}
@@ -113,7 +126,7 @@ class SocComparison:
 
     def about(self, policy: Any, workload: Workload, seed: int, out: Path) -> dict[str, Any]:
         """The spec with the rule's binding, and the graphs of the jobs."""
-        rule = rule_of(policy, workload, self.soc)
+        rule = self._rule(policy, workload)
         return {
             "spec": self.spec.replace(binding=rule.binding).to_dict(),
             "seed": seed,
@@ -127,13 +140,6 @@ class SocComparison:
             "deadline_us": [None if np.isinf(due) else due for due in workload.deadline_us.tolist()],
             "workload": workload.source,
         }
-
-
-@dataclass
-class SocServed(Served):
-    """`Served`, and what was served."""
-
-    workload: Any = None
 
 
 class _Model:

@@ -22,6 +22,7 @@ import tyro
 
 from ..envs.core.errors import InputError
 from . import command
+from .domain import domain_module
 
 if TYPE_CHECKING:
     from ..agents.train import TrainResult
@@ -92,8 +93,8 @@ def run_train(args: Args) -> int:
     agreed = "" if result.agreement is None else f"; after imitation it chose as its teacher in {result.agreement:.0%}"
     print(f"{result.final}: {result.decisions} decisions of PPO{agreed}")
     domain = args.preset.partition("/")[0]
-    beside = {"request_scheduling": "fcfs srpt", "expert_caching": "lru ema_95"}[domain]
-    command.say(f"compare it: schedlab evaluate {domain} --policies {beside} {result.final}")
+    rules = " ".join(domain_module(domain).COMPARED)
+    command.say(f"compare it: schedlab evaluate {domain} --policies {rules} {result.final}")
     return 0
 
 

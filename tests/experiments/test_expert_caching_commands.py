@@ -10,6 +10,7 @@ import pytest
 from schedlab.envs.core.results import read_results
 from schedlab.envs.expert_caching.workload import load_routing, save_routing
 from schedlab.experiments import calibrate, deploy, evaluate, expert_caching, report
+from schedlab.experiments.expert_traces import find_trace
 
 SHORT = ["--workload", "synthetic", "--window", "60", "--seeds", "2"]
 
@@ -73,7 +74,7 @@ def test_speed_with_systems_that_load_ahead(tmp_path, capsys):
 
 
 def test_seeds_draw_held_out_sequences(tmp_path):
-    trace = expert_caching.find_trace("synthetic")
+    trace = find_trace("synthetic")
     assert len(trace.test) + len(trace.training) == 32
     first, again, other = trace.draw(50, 3), trace.draw(50, 3), trace.draw(50, 4)
     np.testing.assert_array_equal(first.experts, again.experts)
@@ -82,7 +83,7 @@ def test_seeds_draw_held_out_sequences(tmp_path):
 
 
 def test_the_trace_of_our_own_model_is_there():
-    trace = expert_caching.find_trace("moe")
+    trace = find_trace("moe")
     assert trace.test.num_tokens > 1000 and "OLMoE" in trace.test.source
 
 
@@ -105,7 +106,7 @@ def test_errors_are_clear_and_leave_nothing(tmp_path, capsys):
     assert "no shipped agent knows" in error("--policies", "agent", *SHORT)
     assert "config.json" in error("--policies", str(tmp_path), *SHORT)
 
-    trace = expert_caching.find_trace("synthetic").test.head(40)
+    trace = find_trace("synthetic").test.head(40)
     path = tmp_path / "trace.npz"
     save_routing(path, trace)
     load_routing(path)

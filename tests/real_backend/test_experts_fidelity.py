@@ -14,8 +14,8 @@ from schedlab.envs.expert_caching.affinity import Affinity
 from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from schedlab.envs.expert_caching.workload import Workload, generate, save_routing
 from schedlab.experiments import fidelity_experts
-from schedlab.experiments.expert_caching import Trace
-from schedlab.experiments.fidelity_experts import bound, line_up, main, simulate, verdict, with_guesses
+from schedlab.experiments.expert_traces import Trace, with_guesses
+from schedlab.experiments.fidelity_experts import bound, line_up, main, simulate, verdict
 from schedlab.real_backend.experts import OffloadedModel
 from schedlab.real_backend.experts_model import build_olmoe
 
@@ -27,7 +27,7 @@ def trace():
     work = generate(24, num_layers=3, num_experts=8, top_k=2, mean_length=30, prediction_noise=None, seed=3)
     work = Workload.from_arrays("made-up", work.experts, work.lengths, num_experts=8)
     test, training = work.split(0.5, 0.5, seed=1)
-    return Trace("made-up", test, training, "test")
+    return Trace("made-up", test, training)
 
 
 def test_guesses_are_the_experts_that_follow_most_often():
@@ -44,13 +44,13 @@ def test_bound_is_the_slower_of_computing_and_belady(trace):
     windows = [trace.draw(50, seed) for seed in range(2)]
     for bandwidth in (1e8, 1e10):
         cost = CostModel(**{**vars(COST), "bandwidth": bandwidth})
-        found = bound(spec, windows, cost)
+        found = bound(spec.replace(cost=cost), windows)
         loads = sum(int(belady_loads(window, (4, 4, 4)).sum()) for window in windows)
         assert found["load_s"] == pytest.approx(loads * cost.load_s)
         assert found["compute_s"] == pytest.approx(2 * (149 * 1e-3 + 150 * 2e-4 + 49 * 5e-4))
         assert found["seconds"] == pytest.approx(found["load_s" if bandwidth < 1e9 else "compute_s"])
         for contender in line_up(["ema_95", "affinity_prefetch", "belady"], spec, trace, 2):
-            assert sum(simulate(contender, contender.spec, windows, cost)) >= found["seconds"] * (1 - 1e-9)
+            assert sum(simulate(contender, windows, cost)) >= found["seconds"] * (1 - 1e-9)
 
 
 def test_published_systems_are_held_to_a_few_prefetches(trace):
