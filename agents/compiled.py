@@ -44,9 +44,9 @@ class DeepSetsWeights(NamedTuple):
     value_w: np.ndarray  # (H,)
     value_b: np.ndarray  # (1,)
     clip: np.ndarray  # (1,)
-    live: np.ndarray  # (K, F) candidates that may be chosen
-    inner: np.ndarray  # (K, H)
-    rows: np.ndarray  # (K, H) their embeddings
+    live: np.ndarray  # (K', F) candidates that may be chosen; K' is K, rounded up to a multiple of four
+    inner: np.ndarray  # (K', H)
+    rows: np.ndarray  # (K', H) their embeddings
     pooled: np.ndarray  # (C + 2H,) context, mean, max
     vectors: np.ndarray  # (4, H)
 
@@ -61,6 +61,7 @@ def pack_weights(network: PointerNetwork, max_candidates: int = 256) -> DeepSets
             f"encoder {network.config['encoder']!r} has no compiled kernel. "
             "Train with encoder='deepsets', or run the ONNX file"
         )
+    scratch_rows = -(-max_candidates // 4) * 4  # `_product` computes four at a time
     state = {name: tensor.detach().cpu().numpy().astype(np.float64) for name, tensor in network.state_dict().items()}
     hidden, context_size = network.config["hidden"], network.config["context_size"]
 
@@ -99,9 +100,9 @@ def pack_weights(network: PointerNetwork, max_candidates: int = 256) -> DeepSets
         "value_w": state["value.weight"][0],
         "value_b": bias("value"),
         "clip": np.array([network.config["clip"]]),
-        "live": np.zeros((max_candidates, network.config["candidate_size"])),
-        "inner": np.zeros((max_candidates, hidden)),
-        "rows": np.zeros((max_candidates, hidden)),
+        "live": np.zeros((scratch_rows, network.config["candidate_size"])),
+        "inner": np.zeros((scratch_rows, hidden)),
+        "rows": np.zeros((scratch_rows, hidden)),
         "pooled": np.zeros(context_size + 2 * hidden),
         "vectors": np.zeros((4, hidden)),
     }
@@ -140,13 +141,37 @@ def _relu(x):  # pragma: no cover - compiled
 
 @njit(**UNCOUNTED, cache=True, fastmath=True)
 def _product(rows, num_rows, w, vector, out):  # pragma: no cover - compiled
-    """out (N, H) = relu(rows (N, I) @ w (I, H) + vector (H,)), of the first `num_rows` rows.
+    """out (N, H) = relu(rows (N, I) @ w (I, H) + vector (H,)), of the first `num_rows` rows; more of `out` may change.
 
-    No call of BLAS: after a forward pass its code and buffers are out of the processor's caches.
+    Four rows at a time share what is loaded of `w`; both matrices have a multiple of four rows. No call of BLAS: after
+    a forward pass its code and buffers are out of the processor's caches.
     """
-    for i in range(num_rows):
-        _affine(rows[i], w, vector, out[i])
-        _relu(out[i])
+    num_in, hidden = w.shape
+    even = num_in // 2 * 2
+    for first in range(0, num_rows, 4):
+        x0, x1, x2, x3 = rows[first], rows[first + 1], rows[first + 2], rows[first + 3]
+        out0, out1, out2, out3 = out[first], out[first + 1], out[first + 2], out[first + 3]
+        for j in range(hidden):
+            start = vector[j]
+            if even < num_in:
+                last = w[even, j]
+                out0[j], out1[j] = start + x0[even] * last, start + x1[even] * last
+                out2[j], out3[j] = start + x2[even] * last, start + x3[even] * last
+            else:
+                out0[j], out1[j], out2[j], out3[j] = start, start, start, start
+        for i in range(0, even, 2):
+            a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
+            b0, b1, b2, b3 = x0[i + 1], x1[i + 1], x2[i + 1], x3[i + 1]
+            w0, w1 = w[i], w[i + 1]
+            for j in range(hidden):
+                wa, wb = w0[j], w1[j]
+                out0[j] += a0 * wa + b0 * wb
+                out1[j] += a1 * wa + b1 * wb
+                out2[j] += a2 * wa + b2 * wb
+                out3[j] += a3 * wa + b3 * wb
+        for j in range(hidden):
+            out0[j], out1[j] = max(out0[j], np.float32(0.0)), max(out1[j], np.float32(0.0))
+            out2[j], out3[j] = max(out2[j], np.float32(0.0)), max(out3[j], np.float32(0.0))
 
 
 @njit(**UNCOUNTED, cache=True, fastmath=True)

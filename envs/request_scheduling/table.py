@@ -23,7 +23,7 @@ OVERDUE_EVERY = 8
 """One admission in so many goes to the request that waited longest, once it waited longer than allowed: so whoever is
 passed over by a policy still waits a bounded time, and a backlog of the hopeless cannot take the whole engine."""
 
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
 
 CONTEXT_FEATURES = (
@@ -78,6 +78,8 @@ CANDIDATE_FEATURES = (
     "priority / 4",
     "waited seconds, log1p, / 6",
     "victim row: KV blocks held / blocks in use",
+    "residual prompt tokens / 65536 (at most 4)",
+    "waited seconds / longest wait allowed (at most 2)",
 )
 NUM_CONTEXT, NUM_CANDIDATE = len(CONTEXT_FEATURES), len(CANDIDATE_FEATURES)
 
@@ -224,18 +226,23 @@ def _shortlist(state: State, problem: Problem, table: Table) -> int:
     prefill_s_per_token = _prefill_s_per_token(problem, head.decode_context)
     limits = (room // 2, room - room // 4) if not mean_e2e else (0, room - room // 8)
     hopeful, least = 0, 0
-    tokens, hopeless, fewest = 0, 0, NO_LIMIT
-    oldest, low, high = 0.0, np.inf, 0.0
+    tokens, hopeless, fewest, shortest = 0, 0, NO_LIMIT, NO_LIMIT
+    oldest, low, high, limit_s, per_limit = 0.0, np.inf, 0.0, 0.0, 0.0
     head.overdue, overdue_since_s = -1, now_s - problem.longest_wait_s[0]
     for i in range(num_waiting):
         row = requests[waiting[i]]
         residual = row.prompt_tokens + row.generated_tokens - row.cached_tokens
         tokens += residual
-        fewest = min(fewest, _blocks_to_admit(row, engine.block_tokens))
+        if row.cached_tokens > 0:
+            fewest = min(fewest, _blocks_to_admit(row, engine.block_tokens))
+        else:  # thousands wait: one division for all of them
+            shortest = min(shortest, residual)
         waited_s = now_s - row.arrival_s
         late = row.generated_tokens == 0 and waited_s + prefill_s_per_token * residual > row.ttft_slo_s
         hopeless += late
-        oldest = max(oldest, waited_s / row.ttft_slo_s)
+        if row.ttft_slo_s != limit_s:
+            limit_s, per_limit = row.ttft_slo_s, 1.0 / row.ttft_slo_s
+        oldest = max(oldest, waited_s * per_limit)
         if row.arrival_s < overdue_since_s:
             head.overdue, overdue_since_s = waiting[i], row.arrival_s
         low, high = min(low, row.ttft_slo_s), max(high, row.ttft_slo_s)
@@ -244,6 +251,8 @@ def _shortlist(state: State, problem: Problem, table: Table) -> int:
             if not (late or mean_e2e):
                 hopeful = _insert(table.scratch[0], table.chosen[0], hopeful, limits[0], work, i)
             least = _insert(table.scratch[1], table.chosen[1], least, limits[1], work, i)
+    if shortest < NO_LIMIT:
+        fewest = min(fewest, (shortest + engine.block_tokens - 1) // engine.block_tokens)
     head.waiting_tokens, head.hopeless, head.oldest_wait = tokens, hopeless, oldest
     head.ttft_spread = np.log10(high / low) if num_waiting > 0 else 0.0
     count = first
@@ -522,6 +531,8 @@ def _write_requests(state: State, problem: Problem, table: Table, candidates) ->
         row[8] = np.log1p(left) / 8.0
         row[9] = np.log10(own_s + left * decode_s + 1e-4) / 2.0
         row[22] = np.log1p(waited_s) / 6.0
+        row[24] = min(residual / 65536.0, 4.0)  # in the linear, too: orders that weigh prompts of 100,000 tokens
+        row[25] = min(waited_s / problem.longest_wait_s[0], 2.0)  # against waits of minutes ask for fine differences
         row[13] = request.generated_tokens > 0
         if limit_s != last_limit_s:
             last_limit_s, log_limit = limit_s, np.log10(limit_s) / 2.0

@@ -431,6 +431,26 @@ def test_the_load_is_observed(load):
     assert np.exp(observed[-1]) == pytest.approx(load, rel=0.1)
 
 
+def test_columns_of_a_waiting_request():
+    """A long prompt that has waited for 12 of the 60 seconds allowed, and a short one that has just come."""
+    spec = RequestSchedulingSpec(EngineSpec(kv_blocks=10_000), num_candidates=16, longest_wait_s=60.0)
+    simulator = Simulator(spec)
+    simulator.reset(tiny_workload([0.0, 0.0, 0.0], [9, 32768, 90], [1, 1, 1]))
+    state, seen = simulator.state(), []
+    state.engine[0]["now_s"], state.requests["arrival_s"][2] = 12.0, 12.0
+    policy = TablePolicy("looks", lambda obs: seen.append(obs["candidates"].copy()) or 0, spec)
+    policy.decide(state, simulator.default_decision())
+    column = {name: i for i, name in enumerate(CANDIDATE_FEATURES)}
+    for request, residual, waited_s in ((1, 32768, 12.0), (2, 90, 0.0)):
+        row = seen[0][list(policy.table.requests).index(request)]
+        assert row[column["residual prompt tokens / 4096 (at most 4)"]] == pytest.approx(min(residual / 4096, 4))
+        assert row[column["residual prompt tokens / 65536 (at most 4)"]] == pytest.approx(residual / 65536)
+        assert row[column["log1p(residual prompt tokens) / 12"]] == pytest.approx(np.log1p(residual) / 12)
+        assert row[column["waited seconds, log1p, / 6"]] == pytest.approx(np.log1p(waited_s) / 6)
+        assert row[column["waited seconds / longest wait allowed (at most 2)"]] == pytest.approx(waited_s / 60)
+        assert row[column["rank by work among the waiting, in [0, 1]"]] == (1.0 if request == 1 else 0.5)
+
+
 # ------------------------------------------------------------------------------------------------- bounded waiting
 
 
