@@ -14,7 +14,15 @@ import numpy as np
 
 from ..envs.core.errors import InputError
 from ..envs.core.kernel import entry_point, njit, njit_borrowed
-from ..envs.soc_dag.library import Graph, link_sums, mean_time, mean_transfer_us, transfer_us, write_upward_ranks
+from ..envs.soc_dag.library import (
+    Graph,
+    link_sums,
+    mean_time,
+    mean_transfer_us,
+    transfer_us,
+    write_optimistic_costs,
+    write_upward_ranks,
+)
 from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.spec import uniform_soc
 from ..envs.soc_dag.state import READY, is_legal
@@ -251,27 +259,11 @@ def cpop_kernel(graph):
 
 
 @njit(cache=True)
-def optimistic_costs(graph):
-    """PEFT's table, float64 (n, P): us from a task's end on a PE to the end of the graph, with nobody in the way."""
-    n, p = graph.times.shape
-    costs = np.zeros((n, p))
-    sums = link_sums(graph.latency, graph.bandwidth)
-    for task in range(n - 1, -1, -1):
-        for edge in range(graph.out_first[task], graph.out_first[task + 1]):
-            target = graph.out_task[edge]
-            moved = mean_transfer_us(graph, graph.out_volume[edge], sums)
-            anywhere = np.min(costs[target] + graph.times[target])
-            for at in range(p):
-                here = costs[target, at] + graph.times[target, at]
-                costs[task, at] = max(costs[task, at], min(here, anywhere + moved))
-    return costs
-
-
-@njit(cache=True)
 def peft_kernel(graph):
     """Ready tasks by mean optimistic cost, each where finish plus optimistic cost is least. See `peft`."""
     n, p = graph.times.shape
-    costs = optimistic_costs(graph)
+    costs = np.empty((n, p))
+    write_optimistic_costs(graph, costs)
     priority = np.zeros(n)
     for task in range(n):
         able = 0

@@ -18,6 +18,10 @@ class GraphSize(NamedTuple):
     """Features of a node."""
     edges: int
     edge_types: int
+    edge_columns: int = 0
+    """Features of an edge; 0: the observation has none."""
+    detailed: bool = False
+    """Whether the observation also says which group a node belongs to, and names a second node of every row."""
 
 
 def pointer_observation_space(context: int, rows: int, columns: int, graph: GraphSize | None = None) -> spaces.Dict:
@@ -36,6 +40,11 @@ def pointer_observation_space(context: int, rows: int, columns: int, graph: Grap
             "edge_mask": masks,
             "candidate_node": spaces.Box(-1, graph.nodes - 1, (rows,), np.int32),
         }
+        if graph.edge_columns:
+            arrays["edge_features"] = spaces.Box(-np.inf, np.inf, (graph.edges, graph.edge_columns), np.float32)
+        if graph.detailed:
+            arrays["node_group"] = spaces.Box(-1, graph.nodes - 1, (graph.nodes,), np.int32)
+            arrays["candidate_place"] = spaces.Box(-1, graph.nodes - 1, (rows,), np.int32)
     return spaces.Dict(arrays)
 
 
@@ -46,7 +55,9 @@ class PointerVectorEnv(VectorEnv):
     OBSERVATION: dict of `context` float32 (N, C), `candidates` float32 (N, K, F), `action_mask` bool (N, K); rows of
     candidates beyond the live count are zero. With a graph also `nodes` float32 (N, V, Fn), `edges` int32 (N, 2, E)
     from node to node, `edge_type` int32 (N, E), `edge_mask` bool (N, E), and `candidate_node` int32 (N, K), the node
-    that a row is about, -1 for none. Sizes are limits, not shapes that a policy may memorise.
+    that a row is about, -1 for none; where the graph has them, `edge_features` float32 (N, E, Fe), `node_group` int32
+    (N, V), the group (a job) that a node belongs to, and `candidate_place` int32 (N, K), the node where a row would put
+    it. Sizes are limits, not shapes that a policy may memorise.
     AUTORESET: SAME_STEP. The observation after a last step is the first one of the next episode; the last one is in
     `info["final_obs"]`, with the mask `info["_final_obs"]` telling which envs ended.
     SEEDING: env i of `reset(seed=s)` draws its episodes from (s + i), so a trajectory depends on its seed alone and not
@@ -88,6 +99,11 @@ class PointerVectorEnv(VectorEnv):
                 "edge_mask": np.zeros((num_envs, graph.edges), np.bool_),
                 "candidate_node": np.full((num_envs, rows), -1, np.int32),
             }
+            if graph.edge_columns:
+                self.graph["edge_features"] = np.zeros((num_envs, graph.edges, graph.edge_columns), np.float32)
+            if graph.detailed:
+                self.graph["node_group"] = np.full((num_envs, graph.nodes), -1, np.int32)
+                self.graph["candidate_place"] = np.full((num_envs, rows), -1, np.int32)
         self.num_illegal_actions = 0
         self._rngs: list[np.random.Generator] = []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from os import PathLike
 
 from ..core.errors import InputError
-from .generate import cpu_gpu_soc, on_unlike_pes, random_stream, tiled, tool_calls, topcuoglu
+from .generate import cpu_gpu_soc, on_unlike_pes, random_stream, spark_stream, tiled, tool_calls, topcuoglu
 from .spec import Soc, uniform_soc
 from .traces import ds3_stream, load_stg, load_wfformat
 from .training import pipeline, sequence_batch
@@ -35,6 +35,7 @@ GRAPHS: dict[str, Callable[..., tuple[Soc, Dag]]] = {
 
 NAMES = (
     "random (layered graphs of 20-50 tasks on 4 PEs), random_LEAST-MOSTxPES, ds3, gym_ds3 (both from the data folder), "
+    "spark_<executors> (stages of equal tasks), "
     "cholesky_<tiles>, lu_<tiles>, qr_<tiles> (2 CPUs and 2 GPUs), pipeline_<stages>x<microbatches>, "
     "sequences_<number>, tools_<rounds>, topcuoglu, or a .stg or WfCommons .json file (on 4 unlike PEs)"
 )
@@ -67,6 +68,8 @@ def find_stream(
     if found := re.fullmatch(r"random(?:_(\d+)-(\d+)x(\d+))?", text):
         least, most, pes = (int(number) for number in (found[1] or 20, found[2] or 50, found[3] or 4))
         return random_stream(num_tasks=(least, most), num_pes=pes, gap_us=gap_us, num_jobs=num_jobs, slack=slack)
+    if found := re.fullmatch(r"spark_(\d+)", text):
+        return spark_stream(num_executors=int(found[1]), gap_us=gap_us, num_jobs=num_jobs, slack=slack)
     soc, dag = find_graph(text)
     return soc, Stream(dag.name, soc.kind_names, (dag,), gap_us, num_jobs, slack=slack, source=dag.source)
 

@@ -15,27 +15,26 @@ from .generate import random_stream
 from .library import Library, build_library
 from .rule import Rule
 from .sim import ARRIVAL_DTYPE, BOOKS_DTYPE, KIND_DTYPE, Sim, arrival_rows, configure, run_decision, start
-from .spec import OBJECTIVES, SocDagSpec
+from .spec import SocDagSpec
 from .state import DECISION_DTYPE, Decision, State, empty_state, reset_decision
 from .table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
+    NUM_EDGE,
     NUM_EDGE_TYPES,
     NUM_NODE,
-    TABLE_DTYPE,
     Table,
     action_of,
     choose,
+    empty_table,
     open_table,
-    write_candidates,
-    write_context,
     write_graph,
-    write_mask,
+    write_observation,
 )
 from .workload import Stream, Workload, noise_draws
 
 LATENCY, MAKESPAN, ENERGY, EDP, DEADLINE = range(5)
-"""Values of `Batch.objective`, in the order of `spec.OBJECTIVES`."""
+"""Values of `engine["objective"]`, in the order of `spec.OBJECTIVES`."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,14 @@ class Batch(NamedTuple):
     live: np.ndarray  # (B, J)
     levels: np.ndarray  # (B, P, L)
     default_level: np.ndarray  # (B, P)
+    ahead: np.ndarray  # (B, N, P)
     library_dags: np.ndarray  # (D,), shared: the graphs of all tasks
     library_nodes: np.ndarray  # (n,), shared
     library_times: np.ndarray  # (n, P), shared
     library_targets: np.ndarray  # (e,), shared
     library_volumes: np.ndarray  # (e,), shared
+    library_moved: np.ndarray  # (e,), shared
+    library_ahead: np.ndarray  # (n, P), shared
     arrivals: np.ndarray  # (B, J) ARRIVAL_DTYPE
     draws: np.ndarray  # (B, N)
     latency: np.ndarray  # (B, P, P)
@@ -80,8 +82,12 @@ class Batch(NamedTuple):
     table_rows: np.ndarray  # (B, R, 3)
     table_shown: np.ndarray  # (B, V)
     table_node_of: np.ndarray  # (B, N)
+    table_considered: np.ndarray  # (B, 4K)
+    table_outlook: np.ndarray  # (B, 4K, 4)
+    table_planned: np.ndarray  # (B, 5, 4K)
+    table_of_pes: np.ndarray  # (B, 7, P)
+    table_job_end: np.ndarray  # (B, J)
     bind: np.ndarray  # (B, 1) DECISION_DTYPE
-    objective: np.ndarray  # (B,) int64
     loss: np.ndarray  # (B,) float64 the objective at the last action
 
 
@@ -100,6 +106,7 @@ def state_of(batch: Batch, b: int) -> State:
         batch.live[b],
         batch.levels[b],
         batch.default_level[b],
+        batch.ahead[b],
     )
 
 
@@ -107,7 +114,13 @@ def state_of(batch: Batch, b: int) -> State:
 def sim_of(batch: Batch, b: int) -> Sim:
     """The simulation of env b (views)."""
     library = Library(
-        batch.library_dags, batch.library_nodes, batch.library_times, batch.library_targets, batch.library_volumes
+        batch.library_dags,
+        batch.library_nodes,
+        batch.library_times,
+        batch.library_targets,
+        batch.library_volumes,
+        batch.library_moved,
+        batch.library_ahead,
     )
     return Sim(
         state_of(batch, b),
@@ -129,7 +142,17 @@ def sim_of(batch: Batch, b: int) -> Sim:
 @njit_borrowed
 def table_of(batch: Batch, b: int) -> Table:
     """The action table of env b (views)."""
-    return Table(batch.table_head[b], batch.table_rows[b], batch.table_shown[b], batch.table_node_of[b])
+    return Table(
+        batch.table_head[b],
+        batch.table_rows[b],
+        batch.table_shown[b],
+        batch.table_node_of[b],
+        batch.table_considered[b],
+        batch.table_outlook[b],
+        batch.table_planned[b],
+        batch.table_of_pes[b],
+        batch.table_job_end[b],
+    )
 
 
 @njit_borrowed
@@ -145,9 +168,10 @@ def open_choice(sim: Sim, table: Table, decision: Decision) -> bool:
 
 
 @njit_borrowed
-def loss_of(sim: Sim, objective: int) -> float:
+def loss_of(sim: Sim) -> float:
     """What the reward counts, from the start to now; see `SocDagVectorEnv`."""
     engine, books = sim.state.engine[0], sim.books[0]
+    objective = engine.objective
     if objective == MAKESPAN:
         return engine.now / engine.unit
     if objective == ENERGY:
@@ -170,9 +194,7 @@ def observe(sim: Sim, table: Table, context, candidates, mask) -> None:
         mask[0] = True
         table.head[0].num_filled = 0
         return
-    write_context(sim.state, table, context)
-    write_mask(sim.state, table, mask)
-    write_candidates(sim.state, table, candidates)
+    write_observation(sim.state, table, context, candidates, mask)
 
 
 @njit_borrowed
@@ -184,7 +206,7 @@ def step_batch(batch: Batch, actions, rewards, done, context, candidates, mask) 
         run_decision(sim, decision)
         open_choice(sim, table, decision)
         done[b] = sim.books[0].done != 0
-        loss = loss_of(sim, batch.objective[b])
+        loss = loss_of(sim)
         rewards[b] = batch.loss[b] - loss
         batch.loss[b] = loss
         observe(sim, table, context[b], candidates[b], mask[b])
@@ -196,13 +218,24 @@ def start_one(batch: Batch, b: int, context, candidates, mask) -> bool:
     sim, table, decision = sim_of(batch, b), table_of(batch, b), Decision(batch.bind[b])
     start(sim)
     alive = open_choice(sim, table, decision)
-    batch.loss[b] = loss_of(sim, batch.objective[b])
+    batch.loss[b] = loss_of(sim)
     observe(sim, table, context, candidates, mask)
     return alive
 
 
 @njit_borrowed
-def write_graphs(batch: Batch, which, nodes, edges, edge_type, edge_mask, candidate_node) -> None:
+def write_graphs(
+    batch: Batch,
+    which,
+    nodes,
+    edges,
+    edge_type,
+    edge_mask,
+    candidate_node,
+    edge_features,
+    node_group,
+    candidate_place,
+) -> None:
     """The graphs of the envs listed; after its last step an env has none."""
     for b in which:
         if batch.books[b, 0].done:
@@ -211,6 +244,9 @@ def write_graphs(batch: Batch, which, nodes, edges, edge_type, edge_mask, candid
             edge_type[b] = 0
             edge_mask[b] = False
             candidate_node[b] = -1
+            edge_features[b] = 0.0
+            node_group[b] = -1
+            candidate_place[b] = -1
             batch.table_head[b, 0].num_nodes = 0
             batch.table_head[b, 0].num_edges = 0
             batch.table_head[b, 0].num_pointed = 0
@@ -223,6 +259,9 @@ def write_graphs(batch: Batch, which, nodes, edges, edge_type, edge_mask, candid
                 edge_type[b],
                 edge_mask[b],
                 candidate_node[b],
+                edge_features[b],
+                node_group[b],
+                candidate_place[b],
             )
 
 
@@ -256,9 +295,11 @@ class SocDagVectorEnv(PointerVectorEnv):
         where the spec lets frequencies be chosen.
     OBSERVATION: context float32 (C,), candidates float32 (K, F), action_mask bool (K,); with `graph` (the default) also
         nodes float32 (V, Fn) for PEs and unfinished tasks of live jobs, edges int32 (2, E), edge_type int32 (E,),
-        edge_mask bool (E,) and candidate_node int32 (K,), the task of a row. The columns are named in
-        `table.CONTEXT_FEATURES`, `CANDIDATE_FEATURES` and `NODE_FEATURES`, scaled to about [-1, 1] by the `unit`, the
-        mean shortest latency of the workload's graphs. The noise of executions and jobs to come are never observed.
+        edge_mask bool (E,), edge_features float32 (E, Fe), node_group int32 (V,), the job of a task (-1 for PEs), and
+        candidate_node and candidate_place int32 (K,), the task and the PE of a row. The columns are named in
+        `table.CONTEXT_FEATURES`, `CANDIDATE_FEATURES`, `NODE_FEATURES` and `EDGE_FEATURES`, scaled to about [-1, 1] by
+        the `unit`, the mean shortest latency of the workload's graphs. The noise of executions and jobs to come are
+        never observed.
     REWARD: minus the growth of the objective since the last action: "latency", the sum of the time that jobs have been
         live, in units; "makespan", time in units; "energy", in units times the PEs' mean power; "edp", that energy
         times the latency in units, per job; "deadline", jobs finished late.
@@ -303,7 +344,8 @@ class SocDagVectorEnv(PointerVectorEnv):
         self.episode_jobs = episode_jobs
         self._num_pes = max(task.spec.soc.num_pes for task in self.tasks)
         one = self.tasks[0].spec
-        size = GraphSize(self._num_pes + one.graph_tasks, NUM_NODE, one.graph_edges, NUM_EDGE_TYPES) if graph else None
+        num_nodes = self._num_pes + one.graph_tasks
+        size = GraphSize(num_nodes, NUM_NODE, one.graph_edges, NUM_EDGE_TYPES, NUM_EDGE, True) if graph else None
         super().__init__(num_envs, NUM_CONTEXT, one.num_candidates, NUM_CANDIDATE, graph=size, debug=debug)
         self.render_mode = render_mode
         self._libraries = [build_library(task.workload.dags, checked(task).soc) for task in self.tasks]
@@ -325,6 +367,7 @@ class SocDagVectorEnv(PointerVectorEnv):
         num_kinds = max(len(spec.soc.kinds) for spec in specs)
         state = empty_state(p, jobs, num_tasks, num_edges, num_levels)
         n = len(state.tasks)
+        table = empty_table(specs[0].num_candidates, p, jobs, n, size.nodes if size else 0)
         return Batch(
             **{name: np.repeat(array[None], b, axis=0) for name, array in state._asdict().items()},
             **{f"library_{name}": array for name, array in joined(self._libraries, p)._asdict().items()},
@@ -339,12 +382,8 @@ class SocDagVectorEnv(PointerVectorEnv):
             tail=np.full((b, p), -1, np.int64),
             data_at=np.zeros((b, n)),
             books=np.zeros((b, 1), BOOKS_DTYPE),
-            table_head=np.zeros((b, 1), TABLE_DTYPE),
-            table_rows=np.zeros((b, specs[0].num_candidates, 3), np.int64),
-            table_shown=np.zeros((b, size.nodes if size else 0), np.int64),
-            table_node_of=np.full((b, n), -1, np.int64),
+            **{f"table_{name}": np.repeat(array[None], b, axis=0) for name, array in table._asdict().items()},
             bind=np.zeros((b, 1), DECISION_DTYPE),
-            objective=np.zeros(b, np.int64),
             loss=np.zeros(b),
         )
 
@@ -401,7 +440,6 @@ class SocDagVectorEnv(PointerVectorEnv):
         batch.arrivals[b, : len(workload)] = rows
         batch.draws[b, : workload.num_tasks] = noise_draws(workload, seed)
         batch.books[b, 0]["num_jobs"] = len(workload)
-        batch.objective[b] = OBJECTIVES.index(spec.objective)
         return bool(start_one(batch, b, self.context[b], self.candidates[b], self.action_mask[b]))
 
     def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -477,12 +515,16 @@ def joined(libraries: Sequence[Library], num_pes: int) -> Library:
         dags.append(rows)
         nodes.append(node)
         first_task, first_edge = first_task + len(node), first_edge + len(library.targets)
-    times = [
-        np.pad(library.times, ((0, 0), (0, num_pes - library.times.shape[1])), constant_values=np.inf)
-        for library in libraries
-    ]
-    targets, volumes = [library.targets for library in libraries], [library.volumes for library in libraries]
-    return Library(*(np.ascontiguousarray(np.concatenate(part)) for part in (dags, nodes, times, targets, volumes)))
+    times = [pad_pes(library.times, num_pes, np.inf) for library in libraries]
+    ahead = [pad_pes(library.ahead, num_pes, 0.0) for library in libraries]
+    flat = ([getattr(library, name) for library in libraries] for name in ("targets", "volumes", "moved"))
+    parts = (dags, nodes, times, *flat, ahead)
+    return Library(*(np.ascontiguousarray(np.concatenate(part)) for part in parts))
+
+
+def pad_pes(table: np.ndarray, num_pes: int, value: float) -> np.ndarray:
+    """A table (n, P) with columns of `value` added for more PEs."""
+    return np.pad(table, ((0, 0), (0, num_pes - table.shape[1])), constant_values=value)
 
 
 def sim_views(batch: Batch, b: int) -> Sim:

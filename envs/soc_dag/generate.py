@@ -166,21 +166,13 @@ def tiled(
     et al., Parallel Computing 2009); every edge carries `volume` a tile. `kernels`: times of each kernel on the kinds
     of PEs, default READYS' for CPU and GPU.
     """
-    programs: dict[str, Callable[[int], list[tuple[str, list, list]]]] = {
-        "cholesky": _cholesky,
-        "lu": _lu,
-        "qr": _qr,
-    }
-    if factorisation not in programs or tiles < 1:
-        raise InputError(
-            f"{factorisation!r} of {tiles} tiles", remedy=f"Choose one of {', '.join(programs)}, and at least one tile"
-        )
+    program = tile_program(factorisation, tiles)
     table = kernels or READYS_CPU_GPU[factorisation]
     last_writer: dict = {}
     readers: dict = {}
     edges: dict[tuple[int, int], float] = {}
     names, times = [], []
-    for task, (kernel, reads, writes) in enumerate(programs[factorisation](tiles)):
+    for task, (kernel, reads, writes) in enumerate(program):
         if kernel not in table:
             raise InputError(f"no time for kernel {kernel}", remedy=f"Give times of {', '.join(READYS_CPU_GPU)}")
         names.append(f"{kernel} {','.join(map(str, writes[0]))}")
@@ -203,6 +195,21 @@ def tiled(
         task_names=names,
         source=f"tiled {factorisation}, {tiles} x {tiles} tiles" + ("" if kernels else ", READYS' times"),
     )
+
+
+def tile_program(factorisation: str, tiles: int) -> list[tuple[str, list, list]]:
+    """Kernels of a tiled "cholesky", "lu" or "qr" in the order of the sequential algorithm: name, tiles that are read
+    only, tiles that are written. Raises InputError."""
+    programs: dict[str, Callable[[int], list[tuple[str, list, list]]]] = {
+        "cholesky": _cholesky,
+        "lu": _lu,
+        "qr": _qr,
+    }
+    if factorisation not in programs or tiles < 1:
+        raise InputError(
+            f"{factorisation!r} of {tiles} tiles", remedy=f"Choose one of {', '.join(programs)}, and at least one tile"
+        )
+    return programs[factorisation](tiles)
 
 
 def _cholesky(tiles: int) -> list[tuple[str, list, list]]:
@@ -239,6 +246,55 @@ def _qr(tiles: int) -> list[tuple[str, list, list]]:
             program.append(("TSQRT", [], [(k, k), (i, k)]))
             program += [("TSMQR", [(i, k)], [(k, j), (i, j)]) for j in range(k + 1, tiles)]
     return program
+
+
+# ------------------------------------------------------------------------------------------------ data-parallel jobs
+
+
+def spark_job(
+    *, stages: tuple[int, int] = (2, 10), mean_tasks: float = 8.0, mean_us: float = 2e6, seed: int | np.random.Generator
+) -> Dag:
+    """A query of a data-parallel engine: stages of equal tasks, each of which needs all of the stages before it.
+
+    In the shape of Decima's TPC-H jobs (Mao et al., SIGCOMM 2019, section 7): `stages` (least, most) stages in a random
+    tree towards the last one, exponentially many tasks in a stage (at most 40), and lognormal stage times (sigma 1).
+    The sizes are assumptions: Decima's traces are not in the data at hand. Tasks run on one kind of PE, an executor;
+    moving one between jobs costs nothing here.
+    """
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(stages[0], stages[1] + 1))
+    widths = np.minimum(rng.geometric(1.0 / mean_tasks, count), 40)
+    first = np.concatenate([[0], np.cumsum(widths)])
+    stage_us = mean_us * rng.lognormal(-0.5, 1.0, count)
+    edges = []
+    for stage in range(count - 1):
+        after = int(rng.integers(stage + 1, min(stage + 4, count)))
+        edges += [(a, b) for a in range(*first[stage : stage + 2]) for b in range(*first[after : after + 2])]
+    names = [f"stage {stage}.{task}" for stage in range(count) for task in range(widths[stage])]
+    return Dag.from_arrays(
+        f"spark-{count}",
+        np.repeat(stage_us, widths)[:, None],
+        edges,
+        task_names=names,
+        source=f"generated: {count} stages of equal tasks",
+    )
+
+
+def spark_stream(
+    num_dags: int = 22,
+    *,
+    num_executors: int = 10,
+    gap_us: float = 25e6,
+    num_jobs: int = 50,
+    slack: float = math.inf,
+    seed: int = 0,
+) -> tuple[Soc, Stream]:
+    """Data-parallel jobs on equal executors, as many queries as TPC-H has by default. See `spark_job`."""
+    rng = np.random.default_rng(seed)
+    dags = tuple(spark_job(seed=rng) for _ in range(num_dags))
+    soc = Soc(f"{num_executors} executors", (PeKind("executor", num_executors),))
+    source = f"generated, seed {seed}: {num_dags} jobs of stages of equal tasks"
+    return soc, Stream("spark", soc.kind_names, dags, gap_us, num_jobs, slack=slack, source=source)
 
 
 # ----------------------------------------------------------------------------------------------------- tool calls

@@ -86,6 +86,14 @@ def mean_transfer_us(graph: Graph, volume: float, sums) -> float:
 
 
 @njit_borrowed
+def write_mean_transfers(graph: Graph, moved) -> None:
+    """`mean_transfer_us` of every edge, into float64 (e,)."""
+    sums = link_sums(graph.latency, graph.bandwidth)
+    for edge in range(len(moved)):
+        moved[edge] = mean_transfer_us(graph, graph.out_volume[edge], sums)
+
+
+@njit_borrowed
 def mean_time(row) -> float:
     """Mean of a task's times over the PEs that can run it."""
     total, count = 0.0, 0
@@ -111,6 +119,29 @@ def write_upward_ranks(graph: Graph, ranks) -> None:
             moved = mean_transfer_us(graph, volumes[edge], sums)
             behind = max(behind, moved + ranks[targets[edge]])
         ranks[task] = mean_time(times[task]) + behind
+
+
+@njit_borrowed
+def write_optimistic_costs(graph: Graph, costs) -> None:
+    """PEFT's table into float64 (n, P): us from a task's end on a PE to the end of the graph, with nobody in the way.
+
+    Arabnejad and Barbosa: List scheduling algorithm for heterogeneous systems by an optimistic cost table, TPDS 2014.
+    Every task behind it takes the PE that is best for what follows; transfers are means as in `write_upward_ranks`.
+    """
+    n, p = graph.times.shape
+    sums = link_sums(graph.latency, graph.bandwidth)
+    for task in range(n - 1, -1, -1):
+        for at in range(p):
+            costs[task, at] = 0.0
+        for edge in range(graph.out_first[task], graph.out_first[task + 1]):
+            target = graph.out_task[edge]
+            anywhere = np.inf
+            for at in range(p):
+                anywhere = min(anywhere, costs[target, at] + graph.times[target, at])
+            anywhere += mean_transfer_us(graph, graph.out_volume[edge], sums)
+            for at in range(p):
+                here = costs[target, at] + graph.times[target, at]
+                costs[task, at] = max(costs[task, at], min(here, anywhere))
 
 
 DAG_DTYPE = np.dtype(
@@ -147,18 +178,22 @@ class Library(NamedTuple):
     times: np.ndarray  # (n, P) float64
     targets: np.ndarray  # (e,) int64, counted from the first task of the graph
     volumes: np.ndarray  # (e,) float64
+    moved: np.ndarray  # (e,) float64 mean us to move them between two PEs
+    ahead: np.ndarray  # (n, P) float64 `write_optimistic_costs`
 
 
 def build_library(dags: tuple[Dag, ...], soc: Soc) -> Library:
     """The library of these graphs on an SoC with their kinds of PEs."""
-    rows, nodes, times, targets, volumes = np.zeros(len(dags), DAG_DTYPE), [], [], [], []
+    rows, parts = np.zeros(len(dags), DAG_DTYPE), []
     kind_bits = np.int64(1) << (np.arange(len(soc.kinds)) % 63)
     first_task = first_edge = 0
     for row, dag in zip(rows, dags, strict=True):
         graph = Graph.of(dag, soc)
         node = np.zeros(dag.num_tasks, NODE_DTYPE)
-        ranks = np.empty(dag.num_tasks)
+        ranks, ahead, moved = np.empty(dag.num_tasks), np.empty(graph.times.shape), np.empty(len(dag.edges))
         write_upward_ranks(graph, ranks)
+        write_optimistic_costs(graph, ahead)
+        write_mean_transfers(graph, moved)
         can_run = np.isfinite(dag.times)
         node["rank"], node["best"] = ranks, graph.times.min(1)
         node["mean"] = np.where(np.isfinite(graph.times), graph.times, 0.0).sum(1) / np.isfinite(graph.times).sum(1)
@@ -168,8 +203,5 @@ def build_library(dags: tuple[Dag, ...], soc: Soc) -> Library:
         row["first_task"], row["num_tasks"], row["first_edge"] = first_task, dag.num_tasks, first_edge
         row["num_edges"], row["shortest"], row["best_work"] = len(dag.edges), shortest_us(dag), node["best"].sum()
         first_task, first_edge = first_task + dag.num_tasks, first_edge + len(dag.edges)
-        nodes.append(node)
-        times.append(graph.times)
-        targets.append(graph.out_task)
-        volumes.append(graph.out_volume)
-    return Library(rows, *(np.ascontiguousarray(np.concatenate(part)) for part in (nodes, times, targets, volumes)))
+        parts.append((node, graph.times, graph.out_task, graph.out_volume, moved, ahead))
+    return Library(rows, *(np.ascontiguousarray(np.concatenate(part)) for part in zip(*parts, strict=True)))

@@ -41,6 +41,10 @@ class Rule:
         per_item = self.memory_per_pe * len(state.pes) + self.memory_per_task * len(state.tasks)
         return np.zeros(self.memory_size + per_item + 1)
 
+    def compiled(self, state: State, decision: Decision) -> tuple[Callable, tuple]:
+        """The compiled function that decides through a run, and its arguments, for a backend that calls it itself."""
+        return self.decide_kernel, (state, self.param_array, self.new_memory(state), decision)
+
     def with_params(self, *params: float, name: str | None = None) -> Rule:
         """The same rule with other knobs."""
         return replace(self, params=params, name=name or self.name)

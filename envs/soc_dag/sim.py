@@ -17,7 +17,7 @@ from ..core.interface import Outcome
 from ..core.kernel import UNCOUNTED, njit, njit_borrowed, njit_inlined
 from .library import Library, build_library, transfer_us
 from .rule import Rule
-from .spec import BINDINGS, NOISES, SocDagSpec
+from .spec import BINDINGS, NOISES, OBJECTIVES, SocDagSpec
 from .state import (
     AT_ARRIVAL,
     BOUND,
@@ -320,6 +320,7 @@ def arrive(sim: Sim, arrived: int) -> None:
     for i in range(graph.num_edges):
         state.edges[first_edge + i].target = first + library.targets[graph.first_edge + i]
         state.edges[first_edge + i].volume = library.volumes[graph.first_edge + i]
+        state.edges[first_edge + i].moved = library.moved[graph.first_edge + i]
     for i in range(graph.num_tasks):
         node, task = library.nodes[graph.first_task + i], state.tasks[first + i]
         task.rank = node.rank
@@ -339,6 +340,7 @@ def arrive(sim: Sim, arrived: int) -> None:
         task.finish = np.inf
         for pe in range(engine.num_pes):
             state.times[first + i, pe] = library.times[graph.first_task + i, pe]
+            state.ahead[first + i, pe] = library.ahead[graph.first_task + i, pe]
             state.transfer[first + i, pe] = 0.0
         if node.num_in == 0 or engine.binding == AT_ARRIVAL:
             state.ready[engine.num_ready] = first + i
@@ -593,6 +595,7 @@ def configure(sim: Sim, spec: SocDagSpec, unit: float) -> None:
     engine["num_pes"], engine["unit"] = soc.num_pes, max(float(unit), 1e-9)
     engine["pushed"] = spec.transfers == "push"
     engine["binding"], engine["noise_sigma"] = BINDINGS.index(spec.binding), spec.noise_sigma
+    engine["objective"] = OBJECTIVES.index(spec.objective)
     engine["num_levels"] = max(len(kind.frequencies_mhz) for kind in soc.kinds) if spec.choose_frequency else 1
     books["noise"], books["noise_sigma"] = NOISES.index(spec.noise), spec.noise_sigma
     books["whole"] = soc.whole_us

@@ -86,8 +86,8 @@ JOB_DTYPE = np.dtype(
     align=True,
 )
 
-EDGE_DTYPE = np.dtype([("target", "i8"), ("volume", "f8")], align=True)
-"""A precedence: the task that waits, and the data it needs."""
+EDGE_DTYPE = np.dtype([("target", "i8"), ("volume", "f8"), ("moved", "f8")], align=True)
+"""A precedence: the task that waits, the data it needs, and the mean us to move them between two PEs."""
 
 PE_DTYPE = np.dtype(
     [
@@ -118,6 +118,7 @@ ENGINE_DTYPE = np.dtype(
         ("noise_sigma", "f8"),  # spread of the noise, 0: none
         ("pushed", "i8"),  # 1 if data move as soon as they are made; 0: when their consumer is bound
         ("binding", "i8"),  # LATE, AT_READY or AT_ARRIVAL
+        ("objective", "i8"),  # what is asked for: number in `spec.OBJECTIVES`
         ("num_pes", "i8"),  # P; arrays may be wider
         ("num_levels", "i8"),  # operating points that may be chosen between; 1: the PE's default one only
         ("num_arrived", "i8"),  # rows of `jobs` that are filled
@@ -154,6 +155,7 @@ class State(NamedTuple):
     live: np.ndarray  # (J,) int64 jobs that are not finished, in order of arrival; num_live are live
     levels: np.ndarray  # (P, L) LEVEL_DTYPE
     default_level: np.ndarray  # (P,) int64
+    ahead: np.ndarray  # (N, P) float64 us from a task's end on a PE to the end of its job, with nobody in the way
 
 
 class Decision(NamedTuple):
@@ -177,6 +179,7 @@ def empty_state(num_pes: int, num_jobs: int, num_tasks: int, num_edges: int, num
         np.zeros(num_jobs, np.int64),
         np.ones((p, num_levels), LEVEL_DTYPE),
         np.zeros(p, np.int64),
+        np.zeros((n, p)),
     )
 
 

@@ -162,10 +162,23 @@ def test_the_graph_tells_what_the_state_tells(name):
             np.testing.assert_array_equal(nodes[:p, 15], state.pes["status"] == IDLE)
             rows = env.batch.table_rows[b, : env.batch.table_head[b, 0]["num_rows"]]
             found = {kind: set() for kind in (PRECEDES, MAY_RUN_ON, BOUND_TO)}
+            group = obs["node_group"][b]
+            assert (group[:p] == -1).all() and (group[count:] == -1).all()
+            jobs = [int(state.tasks[t]["job"]) for t in shown[p:count]]
+            assert len({*zip(jobs, group[p:count].tolist(), strict=True)}) == len(set(jobs)) == group.max() + 1
+            unit = float(state.engine[0]["unit"])
             for edge in np.flatnonzero(mask):
                 source, target = obs["edges"][b, :, edge]
                 kind = int(obs["edge_type"][b, edge])
                 found[kind].add((int(shown[source]), int(shown[target] if kind == PRECEDES else target)))
+                task, told = int(shown[source]), obs["edge_features"][b, edge]
+                if kind == PRECEDES:
+                    after = state.edges[state.tasks[task]["first_out"] :][: state.tasks[task]["num_out"]]
+                    moved = float(after["moved"][after["target"] == shown[target]][0])
+                    assert told[0] == pytest.approx(moved / (unit + moved)) and not told[1:].any()
+                else:
+                    ahead = float(state.ahead[task, target])
+                    assert told[3] == pytest.approx(ahead / (unit + ahead)) and told[0] == 0.0
             if count == p + len(unfinished) and mask.sum() < len(mask):
                 complete += 1
                 assert found[MAY_RUN_ON] == {(int(t), int(pe)) for t, pe, _ in rows[1:]}
@@ -180,6 +193,8 @@ def test_the_graph_tells_what_the_state_tells(name):
             for row, node in enumerate(obs["candidate_node"][b]):
                 if node >= 0:
                     assert shown[node] == rows[row, 0]
+                    assert obs["candidate_place"][b, row] == rows[row, 1]
+            assert not obs["edge_features"][b][~mask].any()
         obs, _, _, _, info = env.step(legal_play(info["action_mask"], rng))
     assert complete > (20 if name != "crowded" else 0)
 

@@ -1,0 +1,170 @@
+"""What the action table works out beyond the State, against plain Python; and which rows it leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from soc_problems import SMALL_SOC, random_workload, small_spec
+
+from schedlab.baselines.soc_dag import RULES
+from schedlab.envs.soc_dag.env import SocDagVectorEnv
+from schedlab.envs.soc_dag.generate import spark_job, spark_stream
+from schedlab.envs.soc_dag.library import Graph, write_optimistic_costs
+from schedlab.envs.soc_dag.spec import SocDagSpec
+from schedlab.envs.soc_dag.state import BUSY, IDLE
+from schedlab.envs.soc_dag.table import (
+    BY_END,
+    BY_FINISH,
+    BY_LAXITY,
+    CANDIDATE_FEATURES,
+    JOB_END,
+    NUM_CANDIDATE,
+    NUM_CONTEXT,
+    REGRET,
+)
+from schedlab.envs.soc_dag.workload import Dag, Workload
+
+WORKLOAD = random_workload(5, num_jobs=8)
+
+
+def test_names_are_columns():
+    assert len(CANDIDATE_FEATURES) == NUM_CANDIDATE
+    env = SocDagVectorEnv(1, spec=small_spec(), workload=WORKLOAD)
+    obs, _ = env.reset(seed=0)
+    assert obs["candidates"].shape[2] == NUM_CANDIDATE
+    assert obs["context"].shape[1] == NUM_CONTEXT
+
+
+def test_optimistic_costs_by_hand():
+    """A chain of three tasks on two PEs: the best way on, with the mean transfer wherever the PE changes."""
+    soc = SMALL_SOC
+    times = [[4.0, 1.0, 9.0], [2.0, 7.0, 9.0], [5.0, 1.0, 9.0]]
+    graph = Graph.of(Dag.from_arrays("chain", times, [(0, 1), (1, 2)], 0.0), soc)
+    costs = np.empty((3, soc.num_pes))
+    write_optimistic_costs(graph, costs)
+    pairs = [(p, q) for p in range(5) for q in range(5) if p != q]
+    mean = sum(graph.latency[p, q] for p, q in pairs) / len(pairs)  # no volume: latency alone
+    last = [min(graph.times[2, p], 1.0 + mean) for p in range(5)]
+    np.testing.assert_allclose(costs[1], last)
+    anywhere = min(last[p] + graph.times[1, p] for p in range(5)) + mean
+    np.testing.assert_allclose(costs[0], [min(last[p] + graph.times[1, p], anywhere) for p in range(5)])
+    assert not costs[2].any()
+
+
+@pytest.mark.parametrize("binding", ["late", "ready"])
+def test_outlook_and_plans_are_those_of_plain_python(binding):
+    spec = small_spec(binding=binding, objective="deadline", noise="normal", noise_sigma=0.3)
+    env, rng = SocDagVectorEnv(1, spec=spec, workload=WORKLOAD, debug=True), np.random.default_rng(0)
+    _, info = env.reset(seed=0)
+    planned = 0
+    for _ in range(150):
+        planned += check_outlook(env)
+        mask = info["action_mask"]
+        _, _, _, _, info = env.step(np.where(mask, rng.random(mask.shape), -1).argmax(1))
+    assert planned > 100
+
+
+def check_outlook(env: SocDagVectorEnv) -> int:
+    """Compare everything in the table with what follows from the State. Returns the number of tasks planned here."""
+    state, batch = env.state(), env.batch
+    engine, now = state.engine[0], float(state.engine[0]["now"])
+    count = int(batch.table_head[0, 0]["num_considered"])
+    considered = batch.table_considered[0, :count].tolist()
+    assert considered == state.ready[: engine["num_ready"]].tolist()
+    pes, slow = range(engine["num_pes"]), state.levels["slowdown"][np.arange(5), state.default_level]
+    free = [
+        now if row["status"] == IDLE else max(now, row["expected_end"]) + row["queued"] for row in state.pes[list(pes)]
+    ]
+
+    def end(task: int, pe: int, at: float) -> float:
+        return max(at, now + state.transfer[task, pe]) + state.times[task, pe] * slow[pe]
+
+    job_end = {int(job): now for job in state.live[: engine["num_live"]]}
+    for pe in pes:
+        task = int(state.pes[pe]["task"])
+        if state.pes[pe]["status"] != IDLE:
+            job = int(state.tasks[task]["job"])
+            job_end[job] = max(job_end[job], max(now, state.pes[pe]["expected_end"]) + state.ahead[task, pe])
+    through = {}
+    for i, task in enumerate(considered):
+        able = [pe for pe in pes if state.times[task, pe] < math.inf]
+        ways = sorted(end(task, pe, free[pe]) + state.ahead[task, pe] for pe in able)
+        through[task], job = ways[0], int(state.tasks[task]["job"])
+        job_end[job] = max(job_end[job], ways[0])
+        assert batch.table_outlook[0, i, JOB_END] == pytest.approx(ways[0])
+        if len(ways) > 1:
+            assert batch.table_outlook[0, i, REGRET] == pytest.approx(ways[1] - ways[0])
+    for job, at in job_end.items():
+        assert batch.table_job_end[0, job] == pytest.approx(at)
+    found = 0
+    for which, weight in ((BY_FINISH, 0.0), (BY_END, 1.0), (BY_LAXITY, 0.0)):
+
+        def key(task: int, which: int = which) -> tuple[float, float]:
+            job = int(state.tasks[task]["job"])
+            laxity = state.jobs[job]["deadline"] - batch.table_job_end[0, job]
+            return (float(laxity if which == BY_LAXITY else state.jobs[job]["work_left"]), -through[task])
+
+        at, idle = list(free), int(engine["num_idle"])
+        for task in sorted(considered, key=key):
+            to = min(
+                (pe for pe in pes if state.times[task, pe] < math.inf),
+                key=lambda pe: end(task, pe, at[pe]) + weight * state.ahead[task, pe],
+            )
+            here = idle > 0 and state.pes[to]["status"] == IDLE and at[to] == now
+            assert batch.table_planned[0, which, considered.index(task)] == (to if here else -1)
+            at[to] = end(task, to, at[to])
+            idle -= here
+            found += here
+    return found
+
+
+def test_a_coming_task_is_seen_where_it_fits_best():
+    """One task runs; its successor suits the idle PE best, and will be ready before a long task there would end."""
+    soc = SMALL_SOC
+    inf = math.inf
+    times = [[4.0, inf, inf], [inf, 2.0, inf], [inf, 30.0, inf], [1.0, inf, inf]]
+    dag = Dag.from_arrays("two", times, [(0, 1), (1, 3)])
+    env = SocDagVectorEnv(1, spec=SocDagSpec(soc), workload=Workload.from_arrays("two", soc.kind_names, [dag]))
+    obs, _ = env.reset(seed=0)
+    pe_of = env.batch.table_rows[0, :, 1]
+    cpu = next(row for row in range(1, 4) if pe_of[row] == 0)
+    obs, *_ = env.step(np.array([cpu]))
+    assert env.state().pes[0]["status"] == BUSY
+    row = next(row for row in range(1, 4) if env.batch.table_rows[0, row, 0] == 2)
+    comes, later = CANDIDATE_FEATURES.index("a task comes before this one ends here that this PE suits best"), 31
+    assert obs["candidates"][0, row, comes] == 1.0
+    unit = float(env.state().engine[0]["unit"])
+    coming, own = 4.0 + 2.0 + env.state().ahead[1, 2], 30.0
+    assert obs["candidates"][0, row, later] == pytest.approx((coming - own) / (unit + abs(coming - own)), rel=1e-5)
+
+
+def test_equal_tasks_of_a_stage_are_one_row():
+    """Of tasks that differ in nothing the first is a row, and a rule that wants another is followed through it."""
+    soc, stream = spark_stream(4, num_executors=6, num_jobs=3, gap_us=5e6, seed=1)
+    env = SocDagVectorEnv(1, spec=SocDagSpec(soc), workload=stream, graph=False, debug=True)
+    env.reset(seed=0)
+    most = 0
+    for _ in range(200):
+        state, rows = env.state(), int(env.batch.table_head[0, 0]["num_rows"])
+        tasks = env.batch.table_rows[0, 1:rows, 0]
+        stages = {(int(state.tasks[t]["job"]), float(state.tasks[t]["rank"])) for t in tasks}
+        assert len(stages) == len(tasks)  # one kind of PE: a row a stage
+        most = max(most, int(state.engine[0]["num_ready"]) - len(tasks))
+        actions = env.rule_actions([RULES["late_srpt"]])
+        assert env.action_mask[0, actions[0]]
+        env.step(actions)
+    assert most > 5
+
+
+def test_stages_are_barriers():
+    """Every task of a stage needs all of the stages before it; the last stage is behind all others."""
+    dag = spark_job(stages=(4, 4), seed=3)
+    stage = np.array([int(name.split()[1].split(".")[0]) for name in dag.task_names])
+    for a, b in {(int(stage[s]), int(stage[t])) for s, t in dag.edges}:
+        between = {(int(s), int(t)) for s, t in dag.edges if stage[s] == a and stage[t] == b}
+        assert len(between) == (stage == a).sum() * (stage == b).sum()
+        assert a < b
+    assert {int(stage[s]) for s, _ in dag.edges} == {0, 1, 2}
+    assert all(len(set(dag.times[stage == one, 0])) == 1 for one in range(4))
