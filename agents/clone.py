@@ -121,7 +121,7 @@ def clone(
         obs, visited = _visit(policy, env, teacher, obs, round_steps, teacher_share, gamma, rng, generator, states)
         for group in optimizer.param_groups:
             group["lr"] = lr * (1.0 - 0.9 * done_share)
-        losses = _fit(policy, states, optimizer, passes, minibatch, value_coef, generator)
+        losses = fit(policy, states, optimizer, passes, minibatch, value_coef, generator)
         curve.append({"round": index, "beta": teacher_share, "labelled": (index + 1) * round_steps * num_envs})
         curve[-1].update(visited | losses)
         if progress is not None:
@@ -178,7 +178,7 @@ def _visit(
     return obs, {"agreement": num_agreed / count, "fresh_cross_entropy": cross_entropy / count}
 
 
-def _fit(
+def fit(
     policy: PointerPolicy,
     states: LabelledStates,
     optimizer: torch.optim.Optimizer,

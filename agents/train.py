@@ -3,7 +3,7 @@
 - `config.json`: the resolved configuration, seed, versions, commit
 - `curve.csv`: one row an iteration: returns, losses, decisions per CPU second
 - `tensorboard/`: the same for TensorBoard
-- `clone/`: the cloned policy, if a teacher was given: start of PPO and reference of its KL term
+- `clone/`: the policy after imitation and self-labelling, if there were any: start of PPO, reference of its KL term
 - `checkpoints/N/`: policy and everything needed to go on after N decisions (the latest two are kept)
 - `best/`: the policy that `evaluate` liked best, if given
 - `final/`: the result, with its ONNX file
@@ -44,9 +44,10 @@ from .checkpoint import (
     versions,
     write_atomically,
 )
-from .clone import Teacher, clone
+from .clone import LabelledStates, Teacher, clone
 from .policy import PointerPolicy
 from .ppo import FastMaskablePPO, Profile
+from .self_label import Labeller, self_label
 
 MakeEnv = Callable[[int, int], gym.vector.VectorEnv]
 """make_env(num_envs, seed) builds the training env."""
@@ -120,6 +121,15 @@ class TrainConfig:
     clone_capacity: int = 50_000
     """Labelled states held; one of 64 rows of 24 numbers takes 6 KiB."""
     clone_lr: float = 1e-3
+    label_rounds: int = 0
+    """Rounds of self-labelling after the imitation; needs a labeller."""
+    label_passes: int = 2
+    """Passes over the held states in each of them."""
+    label_capacity: int = 30_000
+    """Labelled states held."""
+    label_lr: float = 2e-3
+    label_checkpoint_every: int = 10
+    """Rounds between two checkpoints."""
     checkpoint_every: int = 500_000
     """Decisions between two checkpoints."""
     torch_threads: int = 1
@@ -158,12 +168,13 @@ def train(
     out: str | PathLike[str],
     *,
     teacher: Teacher | None = None,
+    labeller: Labeller | None = None,
     evaluate: Evaluate | None = None,
     resume: bool = False,
     card: str = "",
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Train a policy: cloned from `teacher` first, if one is given, then by PPO.
+    """Train a policy: cloned from `teacher` first, if one is given, then by `labeller`, if given, then by PPO.
 
     A resumed run goes on from the latest checkpoint with its weights, optimizer, generators, counters and schedules;
     what cannot be kept is the state of the environments, which start new episodes (drawn from a new seed).
@@ -173,6 +184,7 @@ def train(
         make_env: builds the pointer VectorEnv, as make_env(num_envs, seed).
         out: the run folder.
         teacher: labels states for the warm start.
+        labeller: finds states to imitate with the policy itself (`self_label`).
         evaluate: measures the policy at every checkpoint.
         resume: go on where `out` left off; starts afresh if there is nothing yet.
         card: Markdown for the final checkpoint's card.
@@ -183,8 +195,10 @@ def train(
     """
     out = Path(out)
     torch.set_num_threads(config.torch_threads)
-    if config.kl_coef and teacher is None:
+    if config.kl_coef and teacher is None and labeller is None:
         raise InputError(f"kl_coef is {config.kl_coef} but there is no teacher", remedy="Give a teacher, or kl_coef=0")
+    if config.label_rounds and labeller is None:
+        raise InputError(f"label_rounds is {config.label_rounds} but there is no labeller", remedy="Give one, or 0")
     latest = _open_run(out, config, resume)
     start = int(latest.name) if latest else 0
 
@@ -196,6 +210,8 @@ def train(
         run.restore(latest)
     elif teacher is not None:
         run.warm_start(make_env, teacher, progress)
+    if labeller is not None and run.rounds < config.label_rounds:
+        run.self_label(labeller, vector_env.single_observation_space, progress)
     if config.kl_coef:
         model.set_reference(load_checkpoint(out / "clone").network, config.kl_coef)
 
@@ -281,6 +297,7 @@ class _Run:
         self.cpu_s_before = 0.0
         self.start_s = time.process_time()
         self.saved_at = -1
+        self.rounds = 0  # of self-labelling that are done
         self.start = 0  # decisions when this process began
 
     @property
@@ -310,6 +327,32 @@ class _Run:
         self.agreement = result.agreement
         self.save(self.out / "clone", with_onnx=False)
         self.save_checkpoint()
+
+    def self_label(self, labeller: Labeller, space: gym.Space, progress: Callable | None) -> None:
+        """Imitate the best of the policy's own samples, and keep the result as `clone/`."""
+        config = self.config
+
+        def moved(figures: dict[str, float]) -> None:
+            self.rounds = int(figures["label_round"]) + 1
+            if self.rounds % config.label_checkpoint_every == 0 or self.rounds == config.label_rounds:
+                self.saved_at = -1
+                self.save_checkpoint()
+            if progress is not None:
+                progress(figures)
+
+        self_label(
+            self.model.policy,
+            labeller,
+            LabelledStates(config.label_capacity, space),
+            rounds=config.label_rounds,
+            first_round=self.rounds,
+            passes=config.label_passes,
+            lr=config.label_lr,
+            minibatch=min(config.batch_size, 512),
+            seed=config.seed,
+            progress=moved,
+        )
+        self.save(self.out / "clone", with_onnx=False)
 
     def save(self, folder: Path, *, with_onnx: bool, resume: tuple | None = None) -> Path:
         """Write the policy as it is now."""
@@ -343,6 +386,7 @@ class _Run:
             "cpu_s": self.cpu_s,
             "agreement": self.agreement,
             "best_score": self.best_score,
+            "rounds": self.rounds,
         }
         folder = self.out / "checkpoints" / f"{model.num_timesteps:012d}"
         self.save(folder, with_onnx=False, resume=(tensors | random, values))
@@ -382,6 +426,7 @@ class _Run:
             model._n_updates = values["n_updates"]
             self.cpu_s_before = values["cpu_s"]
             self.agreement, self.best_score = values["agreement"], values["best_score"]
+            self.rounds = values["rounds"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"training cannot go on from here ({error!r})",

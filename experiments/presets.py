@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .teachers import load_teachers
 
 if TYPE_CHECKING:
     from ..agents.clone import Teacher
+    from ..agents.self_label import Labeller
     from ..agents.train import Evaluate, MakeEnv, TrainConfig
 
 DataDir = str | PathLike[str] | None
@@ -37,6 +39,7 @@ class Recipe:
     teacher: Teacher | None = None
     evaluate: Evaluate | None = None
     card: str = ""
+    labeller: Labeller | None = None
 
 
 @dataclass(frozen=True)
@@ -185,13 +188,12 @@ def score_against(cells: Sequence[Cell], rules: dict[str, Rule], num_requests: i
     return evaluate
 
 
-def of_expert_caching(name: str) -> Callable[[int, DataDir], Recipe]:
-    """A preset of `expert_caching_presets`, which is imported when it is needed."""
+def of_domain(domain: str, name: str) -> Callable[[int, DataDir], Recipe]:
+    """A preset of the module `<domain>_presets`, which is imported when it is needed."""
 
     def build(seed: int, data_dir: DataDir) -> Recipe:
-        from . import expert_caching_presets
-
-        recipe: Recipe = getattr(expert_caching_presets, name)(seed, data_dir)
+        module = import_module(f".{domain}_presets", __package__)
+        recipe: Recipe = getattr(module, name)(seed, data_dir)
         return recipe
 
     return build
@@ -202,8 +204,13 @@ PRESETS: dict[str, Preset] = {
     "request_scheduling/tiny": Preset("a minute: imitate SRPT on azure_conv, then a little PPO for mean latency", tiny),
     "expert_caching/agent": Preset(
         "evict, bypass and prefetch by learned scores, PPO on simulated stalls; a quarter of an hour",
-        of_expert_caching("agent"),
+        of_domain("expert_caching", "agent"),
     ),
-    "expert_caching/tiny": Preset("the same in some minutes: to see how it goes", of_expert_caching("tiny")),
+    "expert_caching/tiny": Preset("the same in some minutes: to see how it goes", of_domain("expert_caching", "tiny")),
+    "soc_dag/agent": Preset(
+        "the shipped agent: single graphs, DS3's mix, data-parallel jobs, by self-labelling; six minutes",
+        of_domain("soc_dag", "agent"),
+    ),
+    "soc_dag/tiny": Preset("a minute: single graphs for makespan, by self-labelling", of_domain("soc_dag", "tiny")),
 }
 """Presets by name."""

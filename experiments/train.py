@@ -61,19 +61,23 @@ def train_preset(args: Args) -> TrainResult:
     config = replace(recipe.config, **{name: value for name, value in changes.items() if value is not None})
     out = args.out or Path("runs") / args.preset.replace("/", "_")
     clone = config.clone_steps if recipe.teacher is not None else 0
-    with command.progress(f"training {args.preset}", max(config.total_steps + clone, 1)) as bar:
+    with command.progress(f"training {args.preset}", max(config.total_steps + clone + config.label_rounds, 1)) as bar:
 
         def moved(row: dict[str, float]) -> None:
             if "labelled" in row:
                 bar(row["labelled"], f"imitating, agreement {row['agreement']:.2f}")
+            elif "label_round" in row:
+                bar(clone + row["label_round"] + 1, f"self-labelling, agreement {row['agreement']:.2f}")
             else:
-                bar(clone + row["decisions"], f"PPO, return {row.get('return_mean', float('nan')):.1f}")
+                done = clone + config.label_rounds + row["decisions"]
+                bar(done, f"PPO, return {row.get('return_mean', float('nan')):.1f}")
 
         return train(
             config,
             recipe.make_env,
             out,
             teacher=recipe.teacher,
+            labeller=recipe.labeller,
             evaluate=recipe.evaluate,
             resume=args.resume,
             card=recipe.card,

@@ -1,0 +1,79 @@
+"""`schedlab train soc_dag/tiny`, resumed after a kill, evaluated as a policy; and the shipped agent."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from schedlab.agents.checkpoint import load_checkpoint
+from schedlab.agents.soc_dag import SHIPPED, SampledPlans, load_pointer
+from schedlab.agents.train import train
+from schedlab.baselines.soc_static import STATIC
+from schedlab.envs.core.errors import InputError
+from schedlab.envs.soc_dag.generate import cpu_gpu_soc, random_layered, tiled
+from schedlab.envs.soc_dag.library import Graph
+from schedlab.envs.soc_dag.spec import uniform_soc
+from schedlab.experiments import evaluate
+from schedlab.experiments.presets import PRESETS
+from schedlab.experiments.soc_dag import find_policies
+from schedlab.experiments.soc_dag_presets import single_spec
+
+
+def train_tiny(out, rounds: int, *, stop_after: int | None = None, resume: bool = False):
+    """The preset with few rounds; raises KeyboardInterrupt after some."""
+    recipe, rows = PRESETS["soc_dag/tiny"].build(0, None), []
+
+    def moved(row):
+        rows.append(row)
+        if len(rows) == stop_after:
+            raise KeyboardInterrupt
+
+    config = replace(recipe.config, label_rounds=rounds, label_capacity=3000, label_checkpoint_every=2, hidden=16)
+    labeller = type(recipe.labeller)(recipe.labeller.draw, 6)
+    result = train(config, recipe.make_env, out, labeller=labeller, resume=resume, progress=moved)
+    return result, rows
+
+
+def test_training_goes_on_after_a_kill_and_its_result_is_a_policy(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "run", 6, stop_after=4)
+    result, rows = train_tiny(tmp_path / "run", 6, resume=True)
+    assert [row["label_round"] for row in rows] == [4, 5]
+    assert load_checkpoint(result.final).config["env_id"] == "schedlab/SocDag-v0"
+    argv = ["soc_dag", "--policies", "late_rank", str(tmp_path / "run"), "--workload", "random_8-12x3", "--seeds", "2"]
+    argv += ["--objective", "makespan", "--transfers", "push", "--out", str(tmp_path / "results")]
+    assert evaluate.main(argv) == 0
+    assert evaluate.main(["--validate", str(tmp_path / "results")]) == 0
+    rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
+    assert {row["policy"] for row in rows} == {"late_rank", str(tmp_path / "run")}
+
+
+def test_without_a_labeller_there_are_no_rounds(tmp_path):
+    recipe = PRESETS["soc_dag/tiny"].build(0, None)
+    with pytest.raises(InputError, match="no labeller"):
+        train(recipe.config, recipe.make_env, tmp_path / "run")
+
+
+def test_the_shipped_agent_beats_the_static_schedulers():
+    """On fresh random graphs and on the tiled Cholesky, which it was not trained on in this size."""
+    agent, rng, ratios = load_pointer(SHIPPED, "agent"), np.random.default_rng(99), []
+    for _ in range(8):
+        soc = uniform_soc(4)
+        dag = random_layered(int(rng.integers(20, 51)), 4, seed=rng)
+        best = min(scheduler(Graph.of(dag, soc)).makespan_us for scheduler in STATIC.values())
+        ratios.append(SampledPlans(agent).best(single_spec(soc), dag).timeline().job_finish[0] / best)
+    assert np.mean(ratios) < 0.98
+    soc = cpu_gpu_soc()
+    assert SampledPlans(agent).best(single_spec(soc), tiled("cholesky", 8)).timeline().job_finish[0] <= 250.0
+
+
+def test_agents_are_found_by_name():
+    agent, planner = find_policies(["agent", "agent_8"])
+    assert (agent.name, planner.name) == ("agent", "agent_8")
+    plan = planner.plan(tiled("cholesky", 4), single_spec(cpu_gpu_soc()))
+    assert plan.makespan_us > 0
+    with pytest.raises(InputError, match="agent_<samples>"):
+        find_policies(["agent_zero"])
