@@ -2,7 +2,8 @@
 
 hf: bursts of requests, random ones and some of the trace's training part, are run under random schedules; the seconds
 of an iteration are fitted by a non-negative linear model in its tokens and contexts. experts: single experts and reads
-are timed, and training sequences decoded. The file holds the coefficients, the error on what was held out, machine and
+are timed, and training sequences decoded. threads: graphs of kernels are run on pinned threads, and the kernels timed
+there. The file holds the coefficients, the error on what was held out, machine and
 versions.
 
 Examples:
@@ -11,6 +12,7 @@ Examples:
   schedlab calibrate hf --iterations 600 --repeats 2 --model path/to/a/model --device cuda --out cost.json
   schedlab evaluate request_scheduling --backend hf --cost-model cost.json
   schedlab calibrate experts --workload moe --out experts.json
+  schedlab calibrate threads --tile 128 --out threads.json
 """
 
 from __future__ import annotations
@@ -84,6 +86,28 @@ class ExpertsArgs:
     """Of the schedules."""
     data_dir: Path | None = None
     """Folder with trace files. Default: $SCHEDLAB_DATA."""
+
+
+@dataclass
+class ThreadsArgs:
+    """Arguments of `schedlab calibrate threads`."""
+
+    backend: Annotated[Literal["threads"], tyro.conf.Positional] = "threads"
+    """The engine: pinned threads with real kernels."""
+    out: Path | None = None
+    """File for the costs of kernels (JSON). Without it they are only printed."""
+    tile: int = 128
+    """Rows of a tile of data."""
+    big: int = 1
+    """PEs that are a core."""
+    little: int = 1
+    """PEs that are a core which works on narrow strips."""
+    copies: bool = False
+    """PEs have memories of their own, and data are copied between them."""
+    repeats: int = 12
+    """Runs of each graph; each third is held out."""
+    seed: int = 0
+    """Of the schedules and the data."""
 
 
 def measure_pass(calibration: Calibration, label: str = "calibrating") -> None:
@@ -178,12 +202,45 @@ def calibrate_experts(args: ExpertsArgs) -> int:
     return 0
 
 
-ARGS: dict[str, type] = {"hf": HfArgs, "experts": ExpertsArgs}
+def calibrate_threads(args: ThreadsArgs) -> int:
+    """Run `schedlab calibrate threads`."""
+    from ..real_backend.calibrate_threads import ThreadsCalibration
+    from .soc_dag_threads import cores_of
+
+    if args.repeats < 1:
+        raise InputError(f"repeats is {args.repeats}", remedy="Measure at least once")
+    calibration = ThreadsCalibration(cores_of(args), args.tile, copies=args.copies, seed=args.seed)
+    with command.progress("calibrating", args.repeats, is_still=True) as bar:
+        for repeat in range(args.repeats):
+            calibration.measure_pass()
+            bar(repeat + 1)
+    costs, report = calibration.fit()
+    calibration.close()
+    if args.out is not None:
+        costs.save(args.out)
+    print(f"{costs.name}: {costs.source}")
+    for kernel, times in costs.times_us.items():
+        print(f"  {kernel:<8}" + "".join(f"{us:>10.1f} us {kind}" for kind, us in zip(costs.kinds, times, strict=True)))
+    print(f"  hand-over {costs.handoff_us:.1f} us; copies {costs.copy_bandwidth:.0f} bytes/us")
+    print(f"{'':12}{'executions':>12}{'total':>9}{'median':>9}{'hand-over, us':>16}")
+    for part in ("fit", "held_out"):
+        if part in report:
+            e = report[part]
+            print(f"{part:12}{e['executions']:>12}{e['total']:>+9.1%}{e['median']:>9.1%}{e['handoff_us']:>+16.1f}")
+    print(f"other processes took cores: {report['repeated']} runs repeated, {report['disturbed']} left as they were")
+    if args.out is not None:
+        command.say(f"wrote {args.out}")
+    return 0
 
 
-def calibrate(args: HfArgs | ExpertsArgs) -> int:
+ARGS: dict[str, type] = {"hf": HfArgs, "experts": ExpertsArgs, "threads": ThreadsArgs}
+
+
+def calibrate(args: HfArgs | ExpertsArgs | ThreadsArgs) -> int:
     """Run `schedlab calibrate`."""
-    return calibrate_hf(args) if isinstance(args, HfArgs) else calibrate_experts(args)
+    if isinstance(args, HfArgs):
+        return calibrate_hf(args)
+    return calibrate_experts(args) if isinstance(args, ExpertsArgs) else calibrate_threads(args)
 
 
 def args_for(argv: Sequence[str]) -> type:

@@ -72,8 +72,12 @@ class Bar(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: float) -> Iterator[Bar]:
-    """A progress bar on standard error that vanishes at the end."""
+def progress(what: str, total: float, *, is_still: bool = False) -> Iterator[Bar]:
+    """A progress bar on standard error that vanishes at the end.
+
+    One that `is_still` is drawn only when it moves: else a thread draws it ten times a second, which takes a core from
+    what is measured for a ms or two each time.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -84,10 +88,10 @@ def progress(what: str, total: float) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=not is_still) as bars:
         task = bars.add_task(what, total=total)
 
         def move(done: float, what: str | None = None) -> None:
-            bars.update(task, completed=done, description=what)
+            bars.update(task, completed=done, description=what, refresh=is_still)
 
         yield move

@@ -9,6 +9,7 @@ Examples:
   schedlab deploy runs/mine --load 1.5 --window 100 --seeds 3 --out results/deploy
   schedlab deploy srpt --cost-model cost.json
   schedlab deploy agent --backend experts --cache 0.25
+  schedlab deploy late_rank --backend threads --workload cholesky_8
 """
 
 from __future__ import annotations

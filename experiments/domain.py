@@ -28,7 +28,7 @@ DOMAINS = {
     "soc_dag": "which task of which job on which processing element of a SoC",
 }
 """Domain -> what is decided."""
-BACKENDS = {"hf": "request_scheduling", "experts": "expert_caching"}
+BACKENDS = {"hf": "request_scheduling", "experts": "expert_caching", "threads": "soc_dag"}
 """Real backend -> its domain."""
 DECISION_UNITS = {"decision_p50_us": "us", "decision_p99_us": "us", "decision_share": "share"}
 """Metrics of the cost of deciding, CPU time of `Policy.decide`, and their units."""

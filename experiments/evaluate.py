@@ -11,6 +11,7 @@ Examples:
   schedlab evaluate request_scheduling --policies fcfs srpt --backend hf --window 60 --seeds 3
   schedlab evaluate expert_caching --policies lru ema_95 arc agent belady --cache 0.25
   schedlab evaluate expert_caching --policies lru fate agent --objective tokens_per_s --backend experts
+  schedlab evaluate soc_dag --policies eft late_rank heft --workload cholesky_8 --backend threads --tile 256
   schedlab evaluate --validate results/goodput
 """
 
@@ -89,7 +90,8 @@ class Evaluation:
         """Run what is not in the file yet; the rows of this evaluation's runs."""
         done = self.file.done_runs()
         todo = [(seed, policy) for seed in seeds for policy in policies if self.key(policy.name, seed) not in done]
-        with command.progress("evaluating", max(len(todo), 1)) as bar:
+        is_measured = self.comparison.backend.clock != "model"
+        with command.progress("evaluating", max(len(todo), 1), is_still=is_measured) as bar:
             drawn: dict[int, Any] = {}
             for count, (seed, policy) in enumerate(todo):
                 bar(count, f"{policy.name}, seed {seed}")

@@ -12,6 +12,7 @@ noise.
 Examples:
 
   schedlab fidelity experts --help
+  schedlab fidelity threads --help
   schedlab fidelity hf --json fidelity.json
   schedlab fidelity hf --cost-model cost.json --window 60 --repeats 2 --policies fcfs sarathi_512 srpt hopeless_last
 """
@@ -264,6 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .fidelity_experts import main as fidelity_experts
 
         return fidelity_experts(given[1:])
+    if given[:1] == ["threads"]:
+        from .fidelity_threads import main as fidelity_threads
+
+        return fidelity_threads(given[1:])
     return command.run(Args, fidelity, given, "fidelity", __doc__ or "")
 
 

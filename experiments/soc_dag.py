@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,13 +14,13 @@ import numpy as np
 import tyro
 
 from ..envs.core.errors import InputError
-from . import evaluate
-from .domain import Moved, Served, check_named_once
+from . import deploy, evaluate
+from .domain import Deployment, Moved, Served, check_named_once
 
 if TYPE_CHECKING:
-    from ..envs.soc_dag.rule import Rule
+    from ..baselines.soc_static import Plan
     from ..envs.soc_dag.spec import Soc, SocDagSpec
-    from ..envs.soc_dag.workload import Stream, Workload
+    from ..envs.soc_dag.workload import Dag, Stream, Workload
 
 DOMAIN = "soc_dag"
 PLOTTED = ("mean_latency", "makespan", "energy", "deadline_misses")
@@ -35,6 +37,8 @@ DEADLINE_SLACK = 3.0
 """Deadlines, as multiples of a job's shortest possible latency."""
 COMPARED = ("heft_rt", "late_srpt")
 """Rules that agents are shown beside."""
+AGENT = r"agent(?:_([1-9]\d*))?"
+"""The shipped agent: deciding online, or planning by the best of so many schedules."""
 
 
 @dataclass
@@ -44,7 +48,8 @@ class EvaluateArgs(evaluate.Args):
     domain: Annotated[Literal["soc_dag"], tyro.conf.Positional] = "soc_dag"
     """What is scheduled."""
     policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
-    """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed."""
+    """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed; `agent`
+    (the shipped one), agent_<n> (plans by the best of n of its schedules), or the folder of a checkpoint."""
     workload: str = "random"
     """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
     (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
@@ -58,8 +63,48 @@ class EvaluateArgs(evaluate.Args):
     """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
     transfers: Literal["pull", "push"] = "pull"
     """Data move when their consumer is bound (as in DS3), or as soon as they are made, wherever they may be needed."""
-    backend: Literal["sim"] = "sim"
-    """The simulator."""
+    backend: Literal["sim", "threads"] = "sim"
+    """The simulator, or pinned threads with real kernels. threads: workloads are cholesky_8, lu_6, qr_6, flow_40 (FFT,
+    FIR and MATMUL), flows_40, mix_6."""
+    big: int = 1
+    """threads: PEs that are a core."""
+    little: int = 1
+    """threads: PEs that are a core which works on narrow strips."""
+    tile: int = 128
+    """threads: rows of a tile of data."""
+    copies: bool = False
+    """threads: PEs have memories of their own, and data are copied between them."""
+    cost_model: Path | None = None
+    """threads: what kernels take, as written by `schedlab calibrate threads`. Default: a short measurement."""
+
+
+@dataclass
+class DeployArgs(deploy.Args):
+    """Arguments of `schedlab deploy --backend threads`."""
+
+    backend: Literal["threads"] = "threads"
+    """The engine: pinned threads with real kernels."""
+    workload: str = "cholesky_8"
+    """cholesky_8, lu_6, qr_6, flow_40 (FFT, FIR and MATMUL), flows_40 (six of these), mix_6 (all of them)."""
+    gap: float = 0.0
+    """Mean us between arrivals; 0: all jobs are there at the start."""
+    window: int = 1
+    """Jobs in a run."""
+    objective: Literal["latency", "makespan", "deadline"] = "makespan"
+    """What the first column shows."""
+    time_budget: float | None = None
+    """Wall seconds for one decision. Default: no limit, decided in the caller's own thread, as a decision takes less
+    than to hand it to another."""
+    big: int = 1
+    """PEs that are a core."""
+    little: int = 1
+    """PEs that are a core which works on narrow strips."""
+    tile: int = 128
+    """Rows of a tile of data."""
+    copies: bool = False
+    """PEs have memories of their own, and data are copied between them."""
+    cost_model: Path | None = None
+    """What kernels take, as written by `schedlab calibrate threads`. Default: a short measurement."""
 
 
 @dataclass
@@ -76,7 +121,7 @@ class SocComparison:
 
     def __post_init__(self) -> None:
         self._planned: Workload | None = None
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[str, Any] = {}
         arrivals = f"every {self.stream.gap_us:g} us" if self.stream.gap_us else "at once"
         noise = f", {self.spec.noise} noise {self.spec.noise_sigma:g}" if self.spec.noise_sigma else ""
         jobs = f"{self.stream.num_jobs} jobs {arrivals}" if self.stream.num_jobs > 1 else "1 job"
@@ -97,20 +142,24 @@ class SocComparison:
 
     def serve(self, policy: Any, workload: Workload, seed: int, moved: Moved) -> Served:
         """One run, compiled, under the binding that the rule is published with."""
+        from ..agents.soc_dag import PointerScheduling
         from ..envs.soc_dag.sim import Simulator
 
         rule = self._rule(policy, workload)
         simulator = Simulator(self.spec.replace(binding=rule.binding))
         simulator.reset(workload, seed)
-        simulator.run(rule)
+        if isinstance(policy, PointerScheduling):
+            policy.run(simulator)
+        else:
+            simulator.run(rule)
         return Served(simulator.timeline())
 
-    def _rule(self, policy: Any, workload: Workload) -> Rule:
+    def _rule(self, policy: Any, workload: Workload) -> Any:
         """`rule_of` the policy, planned once for each workload."""
         if self._planned is not workload:
             self._planned, self._rules = workload, {}
         if policy.name not in self._rules:
-            self._rules[policy.name] = rule_of(policy, workload, self.soc)
+            self._rules[policy.name] = rule_of(policy, workload, self.spec)
         return self._rules[policy.name]
 
     def measure(self, served: Served, policy: Any, workload: Workload) -> tuple[dict[str, float], dict[str, str]]:
@@ -153,28 +202,70 @@ class _Model:
 
 @dataclass(frozen=True)
 class Planner:
-    """A static scheduler: its rule follows the plan of every graph of a workload."""
+    """A static scheduler, or an agent that plans: its rule follows the plan of every graph of a workload."""
 
     name: str
+    plan: Callable[[Dag, SocDagSpec], Plan]
     source: str = ""
     is_oracle: bool = False
 
 
-def rule_of(policy: Any, workload: Workload, soc: Soc) -> Rule:
-    """The rule itself, or that which follows a planner's plans: of several jobs only where tasks run, for jobs that
-    keep to a planned order as well would wait for each other."""
-    from ..baselines.soc_static import STATIC, placement_rule, plan_rule
-    from ..envs.soc_dag.library import Graph
+def rule_of(policy: Any, workload: Workload, spec: SocDagSpec) -> Any:
+    """The policy itself, or the rule that follows a planner's plans: of several jobs only where tasks run, for jobs
+    that keep to a planned order as well would wait for each other."""
+    from ..baselines.soc_static import placement_rule, plan_rule
 
     if not isinstance(policy, Planner):
         return policy
-    plans = [STATIC[policy.name](Graph.of(dag, soc)) for dag in workload.dags]
+    plans = [policy.plan(dag, spec) for dag in workload.dags]
     follow = plan_rule if len(workload) == 1 else placement_rule
     return follow(policy.name, plans, policy.source)
 
 
+def static_planner(name: str) -> Planner:
+    """A static scheduler as a planner."""
+    from ..baselines.soc_static import STATIC
+    from ..envs.soc_dag.library import Graph
+
+    def plan(dag: Dag, spec: SocDagSpec) -> Plan:
+        return STATIC[name](Graph.of(dag, spec.soc))
+
+    return Planner(name, plan, (STATIC[name].__doc__ or "").splitlines()[0])
+
+
+def sampling_planner(name: str, samples: int) -> Planner:
+    """The shipped agent, planning every graph by the best of its schedules. Raises InputError."""
+    from ..agents.soc_dag import SampledPlans, load_pointer
+    from ..baselines.soc_static import Plan
+
+    sampled = SampledPlans(load_pointer(), samples)
+
+    def plan(dag: Dag, spec: SocDagSpec) -> Plan:
+        timeline = sampled.best(spec, dag).timeline()
+        return Plan(timeline.pe, timeline.start, timeline.finish)
+
+    return Planner(name, plan, f"best of {samples} schedules of the shipped agent")
+
+
+def checkpoint_of(name: str) -> Path | None:
+    """The checkpoint folder that a name means: the shipped one, the folder itself, or its final/; else None."""
+    from ..agents.soc_dag import SHIPPED
+
+    folder = SHIPPED if re.fullmatch(AGENT, name) else Path(name).expanduser()
+    found = [one for one in (folder, folder / "final") if (one / "policy.safetensors").exists()]
+    return found[0] if found else folder if folder.is_dir() else None
+
+
+def fingerprint(name: str) -> str | None:
+    """Digest of a checkpoint's weights; None for what is named by code alone."""
+    folder = checkpoint_of(name)
+    weights = folder / "policy.safetensors" if folder else None
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
+
+
 def find_policies(names: Sequence[str]) -> list[Any]:
-    """The rules and planners of these names. Raises InputError."""
+    """The rules, planners and agents of these names. Raises InputError."""
+    from ..agents.soc_dag import load_pointer
     from ..baselines.soc_dag import RULES
     from ..baselines.soc_static import STATIC
 
@@ -184,13 +275,17 @@ def find_policies(names: Sequence[str]) -> list[Any]:
         if name in RULES:
             found.append(RULES[name])
         elif name in STATIC:
-            found.append(Planner(name, (STATIC[name].__doc__ or "").splitlines()[0]))
+            found.append(static_planner(name))
+        elif (planning := re.fullmatch(AGENT, name)) and planning[1]:
+            found.append(sampling_planner(name, int(planning[1])))
+        elif (folder := checkpoint_of(name)) is not None:
+            found.append(load_pointer(folder, name))
         else:
             close = get_close_matches(name, [*RULES, *STATIC], n=1)
             raise InputError(
                 f"no policy is called {name!r}",
                 remedy=(f"Did you mean {close[0]!r}? " if close else "")
-                + f"Policies are {', '.join([*RULES, *STATIC])}",
+                + f"Policies are {', '.join([*RULES, *STATIC])}, agent, agent_<samples>, or a checkpoint folder",
             )
     return found
 
@@ -200,6 +295,10 @@ def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[
     from ..envs.soc_dag.catalog import find_stream
     from ..envs.soc_dag.spec import SocDagSpec
 
+    if args.backend == "threads":
+        from . import soc_dag_threads
+
+        return soc_dag_threads.open_comparison(args)
     policies = find_policies(args.policies)
     slack = DEADLINE_SLACK if args.objective == "deadline" else float("inf")
     soc, stream = find_stream(args.workload, args.gap, args.window, slack=slack, data_dir=args.data_dir)
@@ -208,7 +307,14 @@ def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[
     comparison = SocComparison(args.workload, soc, stream, spec, _Model())
     if args.objective in ("energy", "edp") and not comparison.is_powered:
         raise InputError(f"SoC {soc.name!r} does not say what its PEs draw", remedy="Choose another objective, or ds3")
-    return comparison, policies, {}
+    return comparison, policies, {name: fingerprint(name) for name in args.policies}
+
+
+def open_deployment(args: DeployArgs) -> Deployment:
+    """The guarded policy on real cores, with the rules that it is compared with. Raises InputError."""
+    from . import soc_dag_threads
+
+    return soc_dag_threads.open_deployment(args)
 
 
 def is_oracle(policy: str) -> bool:
