@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .expert_caching_features import NUM_FEATURES
+from .expert_caching_units import run_units
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 """Cache sizes, as a share of the experts of a layer, for which the outputs are meant, in order."""
 
-DISCOUNTS = (0.6, 0.8, 0.89, 0.94)
+DISCOUNTS = (0.6, 0.87, 0.935, 0.96)
 """Discount a token of each output: the larger the cache, the longer an expert stays in it."""
 
 
@@ -128,13 +129,14 @@ class EvictionNetwork(nn.Module):
         self.middle = nn.Linear(width, width)
         self.channels = nn.Parameter(torch.randn(num_layers, num_channels, width, num_experts) * (0.5 / width**0.5))
         self.channel_bias = nn.Parameter(torch.zeros(num_layers, num_channels, 1, num_experts))
-        self.feature_in = nn.Parameter(torch.randn(hidden, NUM_FEATURES) / (NUM_FEATURES - 2) ** 0.5)
-        self.channel_in = nn.Parameter(torch.randn(hidden, num_channels) / (NUM_FEATURES - 2) ** 0.5)
-        self.hidden_bias = nn.Parameter(torch.randn(num_layers, hidden, 1) * 0.3)
-        self.hidden_out = nn.Parameter(torch.randn(outputs, hidden) * 0.1)
-        self.feature_out = nn.Parameter(torch.randn(outputs, NUM_FEATURES) * 0.05)
-        self.channel_out = nn.Parameter(torch.randn(outputs, num_channels) * 0.05 + torch.eye(outputs, num_channels))
-        self.out_bias = nn.Parameter(torch.full((num_layers, outputs, 1), -2.0))
+        inputs = NUM_FEATURES + num_channels
+        self.unit_in = nn.Parameter(torch.randn(hidden, inputs) / (NUM_FEATURES - 2) ** 0.5)
+        self.unit_bias = nn.Parameter(torch.randn(num_layers, hidden) * 0.3)
+        out = torch.randn(outputs, inputs + hidden) * 0.05
+        out[:, inputs:] *= 2
+        out[:, NUM_FEATURES:inputs] += torch.eye(outputs, num_channels)
+        self.out = nn.Parameter(out)
+        self.out_bias = nn.Parameter(torch.full((num_layers, outputs), -2.0))
         self.dropout = nn.Dropout(dropout)
 
     def begin(self, num_streams: int) -> Recurrence:
@@ -204,19 +206,10 @@ class EvictionNetwork(nn.Module):
 
     def _score(self, u: Tensor, index: Tensor, features: Tensor) -> Tensor:
         """Logits (n, outputs, N * E) from token vectors (n, N, D) and feature tables; each step one batched product."""
-        n, num_channels = len(index), self.config["num_channels"]
         weights, bias = self.channels[index], self.channel_bias[index]
-        channels = [torch.baddbmm(bias[:, k], u, weights[:, k]) for k in range(num_channels)]
-        p = torch.stack(channels, 1).view(n, num_channels, -1)
-
-        def wide(weight: Tensor) -> Tensor:
-            return weight.unsqueeze(0).expand(n, -1, -1)
-
-        hidden = torch.baddbmm(self.hidden_bias[index], wide(self.feature_in), features)
-        hidden = torch.relu_(torch.baddbmm(hidden, wide(self.channel_in), p))
-        logits = torch.baddbmm(self.out_bias[index], wide(self.hidden_out), hidden)
-        logits = torch.baddbmm(logits, wide(self.feature_out), features)
-        return torch.baddbmm(logits, wide(self.channel_out), p)
+        channels = [torch.baddbmm(bias[:, k], u, weights[:, k]) for k in range(self.config["num_channels"])]
+        p = torch.stack(channels, 1).flatten(2)
+        return run_units(features, p, self.unit_in, self.unit_bias[index], self.out, self.out_bias[index])
 
 
 class NextLayerHead(nn.Module):

@@ -14,23 +14,29 @@ import numpy as np
 from ..envs.core.kernel import njit
 from ..envs.expert_caching.affinity import Affinity
 from ..envs.expert_caching.sim import Simulator
-from ..envs.expert_caching.state import Decision, State
+from ..envs.expert_caching.state import Decision, State, empty_decision, reset_decision
 from ..envs.expert_caching.table import (
     FEATURE_VERSION,
     NUM_CANDIDATE,
     NUM_CONTEXT,
     Table,
+    action_of,
     choose,
     empty_table,
     next_choice,
     open_epoch,
+    resolve_wanted,
+    show_choice,
     write_candidates,
     write_context,
     write_mask,
 )
 from .checkpoint import load_checkpoint
 from .compiled import DeepSetsWeights, deepsets_choose, pack_weights
-from .expert_caching import SHIPPED, LearnedEviction, Memory, Weights, advise, load_eviction, run_learned
+from .expert_caching import SHIPPED, LearnedCaching, advise, run_learned
+from .expert_caching_checkpoint import load_weights
+from .expert_caching_rule import Knobs, by_advice
+from .expert_caching_score import Memory, Weights
 
 ENV_ID = "schedlab/ExpertCaching-v0"
 
@@ -48,6 +54,7 @@ class Desk(NamedTuple):
 
     memory: Memory
     table: Table
+    wanted: Decision  # what the rule by the scores wants
     context: np.ndarray  # (C,) float32
     candidates: np.ndarray  # (K, F) float32
     mask: np.ndarray  # (K,) bool
@@ -57,14 +64,18 @@ class Desk(NamedTuple):
 @njit(cache=True)
 def decide_pointer(state: State, brain: Brain, desk: Desk, decision: Decision) -> None:
     """`advise`, then one row of the action table after the other, as in the env. Called in every epoch, in order."""
-    table = desk.table
+    table, wanted = desk.table, desk.wanted
     advise(state, brain.weights, desk.memory)
+    reset_decision(state, wanted)
+    by_advice(state, desk.memory.knobs, desk.memory.keys, wanted)
+    resolve_wanted(state, wanted)
     open_epoch(state, table, brain.affinity)
     filled = len(desk.candidates)
     while next_choice(state, table, decision):
         write_context(state, table, decision, desk.context)
         write_candidates(state, table, filled, desk.candidates)
         write_mask(state, table, desk.mask)
+        show_choice(desk.candidates, action_of(state, table, wanted, decision))
         filled = table.head[0].num_rows
         action = deepsets_choose(brain.pointer, desk.context, desk.candidates, desk.mask, desk.logits)
         if action < 0 or not np.isfinite(desk.logits[action]):
@@ -72,8 +83,8 @@ def decide_pointer(state: State, brain: Brain, desk: Desk, decision: Decision) -
         choose(state, table, decision, action)
 
 
-class PointerCaching(LearnedEviction):
-    """A pointer network over the action table, fed with the learned scores, as a `Policy`.
+class PointerCaching(LearnedCaching):
+    """A pointer network over the action table, as a `Policy`. It sees the learned scores, and what their rule would do.
 
     It was trained without affinities: the scores say more.
 
@@ -83,10 +94,19 @@ class PointerCaching(LearnedEviction):
         top_k: experts a token of the model that the weights are for.
         pointer: from `compiled.pack_weights`.
         num_candidates: rows of the table (`ExpertCachingSpec.num_candidates`).
+        knobs: of the rule that it sees (`by_advice`).
     """
 
-    def __init__(self, name: str, weights: Weights, top_k: int, pointer: DeepSetsWeights, num_candidates: int) -> None:
-        super().__init__(name, weights, top_k)
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        top_k: int,
+        pointer: DeepSetsWeights,
+        num_candidates: int,
+        knobs: Knobs | None = None,
+    ) -> None:
+        super().__init__(name, weights, top_k, knobs)
         self.num_candidates = num_candidates
         self.brain = Brain(weights, pointer, Affinity.unknown(*self.shape[:2]))
 
@@ -97,6 +117,7 @@ class PointerCaching(LearnedEviction):
         self.desk = Desk(
             self.memory,
             empty_table(rows, self.shape[1]),
+            empty_decision(state, int(state.engine[0]["max_prefetch"])),
             np.zeros(NUM_CONTEXT, np.float32),
             np.zeros((rows, NUM_CANDIDATE), np.float32),
             np.zeros(rows, np.bool_),
@@ -115,15 +136,26 @@ class PointerCaching(LearnedEviction):
 
 
 def load_pointer(
-    folder: str | PathLike[str], scores: str | PathLike[str] | None = None, name: str | None = None
+    folder: str | PathLike[str],
+    scores: str | PathLike[str] | None = None,
+    name: str | None = None,
+    knobs: Knobs | None = None,
 ) -> PointerCaching:
-    """The policy of a run of `schedlab train expert_caching/...`, over the scores of a checkpoint (default: ours).
+    """The policy of a run of `schedlab train expert_caching/...`.
 
-    Raises InputError if a file is missing or broken.
+    Args:
+        folder: its checkpoint.
+        scores: the checkpoint of scores that it sees. Default: the shipped one that it was trained with.
+        name: shown in results. Default: that of the folder.
+        knobs: of the rule that it sees.
+
+    Raises:
+        InputError: a file is missing or broken.
     """
-    eviction = load_eviction(scores or SHIPPED)
     sizes = {"context_size": NUM_CONTEXT, "candidate_size": NUM_CANDIDATE}
     policy = load_checkpoint(folder, env_id=ENV_ID, feature_version=FEATURE_VERSION, **sizes)
-    rows = int(policy.config["spec"]["num_candidates"])
+    spec = policy.config["spec"]
+    weights, top_k = load_weights(scores or SHIPPED.parent / spec["scores"])
+    rows = int(spec["num_candidates"])
     pointer = pack_weights(policy.network, rows)
-    return PointerCaching(name or Path(folder).name, eviction.weights, eviction.shape[2], pointer, rows)
+    return PointerCaching(name or Path(folder).name, weights, top_k, pointer, rows, knobs)

@@ -65,7 +65,7 @@ FAR = 255
 class EvictionTraining:
     """How an eviction score is trained."""
 
-    steps: int = 3600
+    steps: int = 2400
     num_streams: int = 16
     chunk_tokens: int = 32
     layers_per_step: int = 4
@@ -77,7 +77,7 @@ class EvictionTraining:
     width: int = 128
     hidden: int = 24
     num_channels: int = 4
-    dropout: float = 0.15
+    dropout: float = 0.2
     """Of the token's vector; as often, whole layers of a token are hidden."""
     seed: int = 0
     checkpoint_every: int = 500

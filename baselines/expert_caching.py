@@ -539,41 +539,50 @@ def least_stale(state, params, memory, decision):
 def copy_past(state, params, memory, decision):
     """What followed the tokens that were routed like the present one? Keep that.
 
-    Token t of the window gets the weight exp(sharpness * overlap), overlap being the share of the present token's
-    experts, of the layers known so far, that it used too. Expert e of the layer scores the sum over t of its weight
-    times discount ** (u - t - 1) for each later token u that used e, over the sum of weights, plus a share of its own
-    frequency (d = 0.95). params: sharpness, discount, that share. memory: scores, flags and keys, then the matches of
-    each token of the window, for each row of the batch.
+    Token u of the window resembles the present token t by the share of t's experts, of the layers known so far, that it
+    used too; what t - j and u - j share counts as well, at context_weight * context_decay ** (j - 1). It gets the
+    weight exp(sharpness * resemblance). Expert e of the layer scores the sum over u of its weight times discount **
+    (v - u - 1) for each later token v that used e, over the sum of weights, plus a share of its own frequency
+    (d = 0.95).
+
+    params: sharpness, discount, frequency's share, context_weight, context_decay. memory: scores, flags and keys, then
+    for each row of the batch what every token of the window shares with the present one, and their contexts.
     """
     engine, experts, history = state.engine[0], state.experts, state.history
-    window, layer, k = history.shape[1], engine.layer, engine.top_k
+    window, layer, k, num_experts = history.shape[1], engine.layer, engine.top_k, experts.shape[1]
     sharpness, discount = params[0], params[1]
-    num_experts = experts.shape[1]
     scores, is_now, keys = memory[:num_experts], memory[num_experts : 2 * num_experts], memory[2 * num_experts :]
-    matches = memory[2 * num_experts + experts.size :]
+    shared = memory[2 * num_experts + experts.size :]
+    contexts = shared[engine.num_sequences * window :]
     scores[:] = 0.0
     for b in range(engine.num_sequences):
         served = state.sequences[b].served
         if state.sequences[b].sequence < 0:
             continue
-        now = (served - 1) % window
+        mine, context = shared[b * window : (b + 1) * window], contexts[b * window : (b + 1) * window]
+        oldest, now = max(served - window, 0), served - 1
+        if layer == 0:
+            for u in range(now, oldest, -1):
+                before = (u - 1) % window
+                context[u % window] = mine[before] + params[4] * context[before]
+            context[oldest % window] = 0.0
+            mine[:] = 0.0
         is_now[:] = 0.0
         for i in range(k):
-            is_now[history[b, now, layer, i]] = 1.0
-        carried, total = 0.0, 0.0
-        for u in range(max(served - window, 0), served):
+            is_now[history[b, now % window, layer, i]] = 1.0
+        most = k * (layer + 1 + params[3] * engine.num_layers / (1.0 - params[4]))
+        carried, total = 0.0, 1e-300
+        for u in range(oldest, served):
             at = u % window
-            matched = 0.0 if layer == 0 else matches[b * window + at]
             for i in range(k):
                 expert = history[b, at, layer, i]
-                matched += is_now[expert]
+                mine[at] += is_now[expert]
                 scores[expert] += carried
-            matches[b * window + at] = matched
-            weight = np.exp(sharpness * (matched / (k * (layer + 1)) - 1.0))
+            weight = np.exp(sharpness * ((mine[at] + params[3] * context[at]) / most - 1.0)) if u < now else 0.0
             carried = discount * carried + weight
             total += weight
         for e in range(num_experts):
-            scores[e] /= max(total, 1e-9)
+            scores[e] /= total
     if engine.num_missing == 0:
         return
     for slot in range(state.layers[layer].first_slot, state.layers[layer].end_slot):
@@ -585,9 +594,11 @@ def copy_past(state, params, memory, decision):
 
 
 def copy_rule(
-    sharpness: float = 8.0,
-    discount: float = 0.85,
-    frequency: float = 1.0,
+    sharpness: float = 25.0,
+    discount: float = 0.75,
+    frequency: float = 0.1,
+    context_weight: float = 0.1,
+    context_decay: float = 0.5,
     *,
     window: int = 1024,
     num_sequences: int = 1,
@@ -596,8 +607,8 @@ def copy_rule(
     return Rule(
         "copy",
         copy_past,
-        (sharpness, discount, frequency),
-        memory_size=window * num_sequences,
+        (sharpness, discount, frequency, context_weight, context_decay),
+        memory_size=2 * window * num_sequences,
         memory_per_expert=3,
         source="attention over one's own past, as in kNN-LM (Khandelwal et al., ICLR 2020)",
     )

@@ -5,8 +5,9 @@ One command trains every seed (a killed run goes on where it stopped), measures 
 results.json with intervals: bootstrap over sequences, and over seeds where there are several.
 
 Rows: EMA .95; FlashMoE's learned score and ridge regression on discounted future use, both fitted to the same training
-sequences; a copy kernel without training; the agent in torch, all seeds. Beside them the agent as deployed: seed 0,
-compiled, from its rounded checkpoint, in the simulator.
+sequences; a copy kernel without training; one trained network, over all seeds; the agent, which is the mean of a
+committee's scores, over the committees that begin with each seed. Beside them the agent as deployed: the first
+committee, compiled, from its rounded checkpoint, in the simulator.
 
 Examples:
 
@@ -21,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,10 @@ class Args:
     trace: str = "deepseek_v2_lite"
     """Routing trace: a name in the data folder, or a file."""
     seeds: int = 5
-    """Networks that are trained and averaged."""
-    steps: int = 3600
+    """Networks that are trained."""
+    members: int = 2
+    """Networks of a committee: those of this many consecutive seeds (after the last one comes the first)."""
+    steps: int = 2400
     """Optimizer steps of each."""
     head_steps: int = 800
     """Optimizer steps of its head for the layer above."""
@@ -76,7 +78,7 @@ class Args:
     deployed_tokens: int = 8000
     """Held-out tokens on which the rounded checkpoint runs in the simulator, to compare and to time it."""
     ship: Path | None = None
-    """Also write the checkpoint of seed 0 there, with its card."""
+    """Also write the checkpoint of the first committee there, with its card."""
     data_dir: Path | None = None
     """Folder with routing traces. Default: $SCHEDLAB_DATA, then the download cache."""
 
@@ -126,22 +128,47 @@ Scorer = Callable[[], Iterator[np.ndarray]]
 """Yields scores float32 (1 or len(SHARES), n, L, E) of consecutive chunks of CHUNK tokens of the held-out trace."""
 
 
+class MissCounter:
+    """Serves the tokens of a workload, chunk by chunk, from a cache of each size.
+
+    `misses` int64 (len(SHARES), sequences): experts loaded on demand so far.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.sequence, self.served = workload, workload.token_sequence, 0
+        self.misses = np.zeros((len(SHARES), len(workload)), np.int64)
+        self._resident = np.zeros((len(SHARES), workload.num_layers, workload.num_experts), np.bool_)
+        self._held = np.zeros((len(SHARES), workload.num_layers), np.int64)
+
+    def serve(self, scores: np.ndarray) -> None:
+        """The next tokens, under these scores (see `Scorer`)."""
+        chunk = slice(self.served, self.served + scores.shape[1])
+        for i, share in enumerate(SHARES):
+            slots = round(share * self.workload.num_experts)
+            of_share = np.ascontiguousarray(scores[i if len(scores) > 1 else 0])
+            state = self._resident[i], self._held[i]
+            evict(self.workload.experts[chunk], of_share, slots, *state, self.sequence[chunk], self.misses[i])
+        self.served = chunk.stop
+
+
 def count_misses(workload: Workload, scorer: Scorer) -> np.ndarray:
     """int64 (len(SHARES), sequences): experts loaded on demand under the scores, for each cache size."""
-    sequence = workload.token_sequence
-    misses = np.zeros((len(SHARES), len(workload)), np.int64)
-    resident = np.zeros((len(SHARES), workload.num_layers, workload.num_experts), np.bool_)
-    held = np.zeros((len(SHARES), workload.num_layers), np.int64)
-    first = 0
+    counter = MissCounter(workload)
     for scores in scorer():
-        chunk = slice(first, first + scores.shape[1])
-        for i, share in enumerate(SHARES):
-            slots = round(share * workload.num_experts)
-            of_share = np.ascontiguousarray(scores[i if len(scores) > 1 else 0])
-            evict(workload.experts[chunk], of_share, slots, resident[i], held[i], sequence[chunk], misses[i])
-        first = chunk.stop
-    assert first == workload.num_tokens
-    return misses
+        counter.serve(scores)
+    assert counter.served == workload.num_tokens
+    return counter.misses
+
+
+def committee_misses(
+    workload: Workload, trace: Trace, networks: Sequence[EvictionNetwork], committees: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """int64 (committees, len(SHARES), sequences): `count_misses` under the mean of some networks' scores."""
+    counters = [MissCounter(workload) for _ in committees]
+    for scores in zip(*(by_network(network, trace) for network in networks), strict=True):
+        for counter, members in zip(counters, committees, strict=True):
+            counter.serve(np.mean([scores[m] for m in members], axis=0))
+    return np.stack([counter.misses for counter in counters])
 
 
 def rule_misses(workload: Workload, rule_for: Callable[[ExpertCachingSpec, float], Rule]) -> np.ndarray:
@@ -170,7 +197,7 @@ def head_of(trace: Trace, tokens: int) -> Trace:
 
 
 def by_network(network: EvictionNetwork, trace: Trace) -> Iterator[np.ndarray]:
-    """The agent, in torch: output i for cache size i."""
+    """One network, in torch: output i for cache size i."""
     import torch
 
     from ..agents.expert_caching_train import begin_counts, read_chunk
@@ -281,27 +308,24 @@ def train_networks(args: Args, trace: Trace) -> list[EvictionNetwork]:
     ]
 
 
-def train_heads(args: Args, trace: Trace, networks: Sequence[EvictionNetwork]) -> list[NextLayerHead]:
-    """The head for the layer above of each network, taken from `args.out` where it was trained before."""
+def train_head_of(args: Args, trace: Trace, network: EvictionNetwork) -> NextLayerHead:
+    """The head for the layer above of the first network, taken from `args.out` where it was trained before."""
     from ..agents.expert_caching_train import train_head
 
-    return [
-        train_head(
-            trace,
-            network,
-            training_of(args, seed),
-            args.out / f"seed{seed}",
-            resume=True,
-            report=reporter(f"head {seed}"),
-        )
-        for seed, network in enumerate(networks)
-    ]
+    config, folder = training_of(args, 0), args.out / "seed0"
+    return train_head(trace, network, config, folder, resume=True, report=reporter("head"))
+
+
+def committees_of(args: Args) -> list[list[int]]:
+    """The networks of the committee that begins with each seed."""
+    return [[(seed + i) % args.seeds for i in range(args.members)] for seed in range(args.seeds)]
 
 
 def measure_rows(
-    train: Workload, test: Workload, trace: Trace, networks: Sequence[EvictionNetwork], resamples: int
+    args: Args, train: Workload, test: Workload, trace: Trace, networks: Sequence[EvictionNetwork]
 ) -> dict[str, Row]:
     """The rows of the table by policy, filled in; `trace` is that of `test`."""
+    singles = [[seed] for seed in range(args.seeds)]
 
     def of_rules(rule_for: Callable[[ExpertCachingSpec, float], Rule]) -> np.ndarray:
         return rule_misses(test, rule_for)[None]
@@ -314,15 +338,18 @@ def measure_rows(
         "learned_score": lambda: of_rules(lambda spec, share: learned_score),
         "ridge": lambda: of_rules(lambda spec, share: fit_ridge(train, discount=discounts[share])),
         "copy_kernel": lambda: count_misses(test, lambda: by_copying(trace, 1))[None],
-        "agent": lambda: np.stack([count_misses(test, partial(by_network, n, trace)) for n in networks]),
         "belady": lambda: of_rules(lambda spec, share: belady(test, spec)),
     }
     rows = {}
     for name, misses in measures.items():
         command.say(f"measuring {name}")
         rows[name] = Row(name, misses())
+    command.say("measuring the agent")
+    of_networks = committee_misses(test, trace, networks, singles + committees_of(args))
+    rows["one_network"] = Row("one_network", of_networks[: args.seeds])
+    rows["agent"] = Row("agent", of_networks[args.seeds :])
     lru, best = rows["lru"].misses[0], rows["belady"].misses[0]
-    fill_in(list(rows.values()), lru, best, test.lengths * test.num_layers * test.top_k, resamples)
+    fill_in(list(rows.values()), lru, best, test.lengths * test.num_layers * test.top_k, args.bootstrap)
     return rows
 
 
@@ -330,7 +357,8 @@ def measure(args: Args) -> dict[str, Any]:
     """Train what is missing in `args.out`, measure all rows and return what results.json holds. Raises InputError."""
     import torch
 
-    from ..agents.expert_caching import load_eviction, pack_eviction, save_eviction
+    from ..agents.expert_caching import load_eviction
+    from ..agents.expert_caching_checkpoint import pack_eviction, save_eviction
     from ..agents.expert_caching_train import prepare_trace
 
     torch.set_num_threads(1)
@@ -339,20 +367,25 @@ def measure(args: Args) -> dict[str, Any]:
             f"{args.seeds} seeds, {args.held_out} of the sequences held out",
             remedy="Give at least one seed, and a share between 0 and 1",
         )
+    if not 1 <= args.members <= args.seeds:
+        raise InputError(
+            f"committees of {args.members} out of {args.seeds} networks", remedy="Give at most as many members as seeds"
+        )
     train, test = split(args)
     training_trace = prepare_trace(train, args.out)
     networks = train_networks(args, training_trace)
-    head = train_heads(args, training_trace, networks[:1])[0]  # of the seed that is deployed
+    head = train_head_of(args, training_trace, networks[0])  # the committee that is deployed begins with it
     trace = prepare_trace(test, args.out)
-    rows = measure_rows(train, test, trace, networks, args.bootstrap)
+    rows = measure_rows(args, train, test, trace, networks)
 
     lru, best, agent = (rows[name].misses.sum(2) for name in ("lru", "belady", "agent"))
     config = {"training": asdict(training_of(args, 0)), "trace": test.source}
     config["split"] = {"seed": args.split_seed, "held_out": args.held_out, "held_out_sequences": len(test)}
-    weights, beginning = pack_eviction(networks[0], head), test.head(args.deployed_tokens)
+    shipped = committees_of(args)[0]
+    weights, beginning = pack_eviction([networks[m] for m in shipped], head), test.head(args.deployed_tokens)
     save_eviction(args.out / "agent", weights, test.top_k, config)
     loads, microseconds = deployed(load_eviction(args.out / "agent"), beginning)
-    in_torch = count_misses(beginning, lambda: by_network(networks[0], head_of(trace, beginning.num_tokens)))
+    in_torch = committee_misses(beginning, head_of(trace, beginning.num_tokens), networks, [shipped])[0]
     results = {
         **config,
         "held_out_tokens": test.num_tokens,
@@ -393,14 +426,15 @@ def card(results: dict[str, Any], args: Args) -> str:
     split = results["split"]
     return (
         "# The shipped eviction score\n\n"
-        f"Seed 0 of {args.seeds}, chosen before any was measured. Trained on {results['trace']}: all "
+        f"The mean of {args.members} networks, the first ones of {args.seeds}, chosen before any was measured. Trained "
+        f"on {results['trace']}: all "
         f"sequences but the {split['held_out_sequences']} held out by split seed {split['seed']}. It knows the layers "
         "and experts of that model, and refuses others.\n\n"
         "Share of the LRU-to-Belady gap closed on the held-out sequences, percent, with 95% intervals (bootstrap over "
         "sequences and seeds):\n\n"
         f"```\n{table(results)}\n```\n\n"
-        f"Made by `python -m schedlab.experiments.expert_caching_gap --seeds {args.seeds} --steps {args.steps} "
-        "--ship DIR`.\n"
+        f"Made by `python -m schedlab.experiments.expert_caching_gap --trace {args.trace} --seeds {args.seeds} "
+        f"--members {args.members} --steps {args.steps} --ship DIR`.\n"
     )
 
 

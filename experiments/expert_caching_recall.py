@@ -1,14 +1,13 @@
 """How many of a token's experts in the next layer are foreseen from routing alone, when a layer's gate has spoken.
 
 Recall at k and at 2k: the share of the k experts that the token uses in layer l + 1 among the k (2k) best-scored ones,
-over the held-out tokens and the layers 0 .. L - 2, of which no later one is known to any score. Rows: popularity; EMA
+over held-out tokens and the layers 0 .. L - 2, of which no later one is known to any score. Rows: popularity; EMA
 .95 of layer l + 1; affinity P(e' at l + 1 | e at l) summed over what layer l uses; the copy kernel (what tokens of
-similar routing used in layer l + 1); and the agent's head, in torch, over the networks that
-`expert_caching_gap` trained in the same folder.
+similar routing used in layer l + 1); and the head of the shipped agent, as it is deployed.
 
 Example:
 
-  python -m schedlab.experiments.expert_caching_recall --out results/expert_caching_gap
+  python -m schedlab.experiments.expert_caching_recall --out results/expert_caching_recall
 """
 
 from __future__ import annotations
@@ -17,30 +16,41 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..agents.expert_caching import SHIPPED
+from ..agents.expert_caching_checkpoint import load_weights
+from ..agents.expert_caching_features import NUM_COPIES, copy_table, weigh_past
+from ..agents.expert_caching_score import Memory, Weights, new_memory, observe, row_of, score_layer_above
+from ..envs.core.errors import InputError
+from ..envs.core.kernel import njit
 from ..envs.core.results import atomic_path
 from ..envs.expert_caching.affinity import Affinity
 from ..envs.expert_caching.workload import Workload
 from . import command
-from .expert_caching_gap import CHUNK, split, train_heads, train_networks
-from .expert_caching_gap import Args as GapArgs
+from .expert_traces import find_trace
 
-if TYPE_CHECKING:
-    from ..agents.expert_caching_network import EvictionNetwork, NextLayerHead
-    from ..agents.expert_caching_train import Trace
+CHUNK = 256
+"""Tokens scored at once."""
 
 
 @dataclass
-class Args(GapArgs):
-    """Arguments of the experiment: those of `expert_caching_gap`."""
+class Args:
+    """Arguments of the experiment."""
 
-    out: Path = Path("results/expert_caching_gap")
-    """Folder of the runs of `expert_caching_gap`, and of recall.json."""
+    out: Path = Path("results/expert_caching_recall")
+    """Folder of recall.json."""
+    trace: str = "deepseek_v2_lite"
+    """Routing trace: a name in the data folder, or a file; it is split as the agent's training split it."""
+    tokens: int | None = None
+    """Held-out tokens; all, if not given."""
+    scores: Path = SHIPPED
+    """Checkpoint of the agent."""
+    data_dir: Path | None = None
+    """Folder with routing traces. Default: $SCHEDLAB_DATA, then the download cache."""
 
 
 Scorer = Callable[[], Iterator[np.ndarray]]
@@ -98,64 +108,77 @@ def by_frequency(workload: Workload, decay: float) -> Iterator[np.ndarray]:
     return in_chunks(workload, of_chunk)
 
 
-def by_copying(workload: Workload, trace: Trace) -> Iterator[np.ndarray]:
+def by_copying(workload: Workload) -> Iterator[np.ndarray]:
     """What similar tokens used, by their similarity; ties by the blunter weights."""
-    return in_chunks(workload, lambda chunk: trace.above[chunk, :-1, 0] + trace.above[chunk, :-1, 2] / np.float32(1e3))
+    shape = (workload.num_tokens, workload.num_layers)
+    copies = np.empty((*shape, NUM_COPIES, workload.num_experts), np.uint8)
+    above = np.empty_like(copies)
+    copy_table(workload.experts, workload.token_position, copies, above, np.empty(shape, np.float32))
+    return in_chunks(workload, lambda chunk: above[chunk, :-1, 0] + above[chunk, :-1, 2] / np.float32(1e3))
 
 
-def by_head(workload: Workload, trace: Trace, network: EvictionNetwork, head: NextLayerHead) -> Iterator[np.ndarray]:
-    """The agent's head, in torch."""
-    import torch
+def by_agent(workload: Workload, weights: Weights) -> Iterator[np.ndarray]:
+    """The head of a checkpoint, compiled, as it is deployed."""
+    memory = new_memory(weights, 1, workload.top_k)
 
-    from ..agents.expert_caching_train import begin_counts, read_chunk
+    def of_chunk(chunk: slice) -> np.ndarray:
+        experts = workload.experts[chunk]
+        scores = np.empty((len(experts), workload.num_layers - 1, workload.num_experts), np.float32)
+        foresee_chunk(weights, memory, experts, workload.token_position[chunk], scores)
+        return scores
 
-    layers = np.arange(workload.num_layers)
-    counts, recurrence = begin_counts(trace, np.zeros(1, np.int64)), network.begin(1)
-    for first in range(0, workload.num_tokens, CHUNK):
-        n = min(CHUNK, workload.num_tokens - first)
-        _, used, begins, features = read_chunk(trace, counts, n, layers, above=True)
-        used = used.flatten(0, 1)
-        with torch.no_grad():
-            prefix, context, recurrence = network.remember(used, begins, recurrence, layers.tolist())
-            logits = head(prefix, context, used, layers.tolist(), features)
-        yield logits[:-1].transpose(0, 1).numpy()
+    return in_chunks(workload, of_chunk)
+
+
+@njit(cache=True)
+def foresee_chunk(weights: Weights, memory: Memory, experts, positions, scores) -> None:
+    """Go on with experts (n, L, k); writes log-odds (n, L - 1, E) of the layers above."""
+    num_tokens, num_layers, _ = experts.shape
+    for t in range(num_tokens):
+        for layer in range(num_layers):
+            used = experts[t, layer]
+            observe(weights, memory, 0, layer, positions[t], used)
+            if layer + 1 < num_layers:
+                num_past, match = weigh_past(row_of(memory.streams, 0), layer)
+                score_layer_above(weights, memory, 0, layer, used, num_past, match)
+                scores[t, layer] = memory.above
 
 
 def measure(args: Args) -> dict[str, Any]:
-    """Train what is missing, measure all rows and return what recall.json holds. Raises InputError."""
-    import torch
-
-    from ..agents.expert_caching_train import prepare_trace
-
-    torch.set_num_threads(1)
-    train, test = split(args)
-    training_trace = prepare_trace(train, args.out)
-    networks = train_networks(args, training_trace)
-    heads = train_heads(args, training_trace, networks)
-    trace, popularity, affinity = prepare_trace(test, args.out), train.popularity(), Affinity.fit(train)
-    scorers: dict[str, list[Scorer]] = {
-        "popularity": [lambda: by_popularity(test, popularity)],
-        "ema_95": [lambda: by_frequency(test, 0.95)],
-        "affinity": [lambda: by_affinity(test, affinity)],
-        "copy_kernel": [lambda: by_copying(test, trace)],
-        "agent": [partial(by_head, test, trace, *pair) for pair in zip(networks, heads, strict=True)],
+    """Measure all rows and return what recall.json holds. Raises InputError."""
+    trace, (weights, top_k) = find_trace(args.trace, args.data_dir), load_weights(args.scores)
+    train = trace.training
+    test = trace.test.head(trace.test.num_tokens if args.tokens is None else args.tokens)
+    shape = (test.num_layers, test.num_experts, test.top_k)
+    if shape != (*weights.embedding.shape[1:3], top_k):
+        raise InputError(
+            f"the agent is of another model than the trace, which has (layers, experts, top k) {shape}",
+            file=args.scores,
+            remedy="Give --scores and --trace of one model",
+        )
+    popularity, affinity = train.popularity(), Affinity.fit(train)
+    scorers: dict[str, Scorer] = {
+        "popularity": lambda: by_popularity(test, popularity),
+        "ema_95": lambda: by_frequency(test, 0.95),
+        "affinity": lambda: by_affinity(test, affinity),
+        "copy_kernel": lambda: by_copying(test),
+        "agent": lambda: by_agent(test, weights),
     }
     rows = {}
-    for name, of_seeds in scorers.items():
+    for name, scorer in scorers.items():
         command.say(f"measuring {name}")
-        rows[name] = np.stack([recall(test, scorer) for scorer in of_seeds]).tolist()
-    return {"held_out_tokens": test.num_tokens, "top_k": test.top_k, "recall": rows}
+        rows[name] = recall(test, scorer).tolist()
+    return {"trace": test.source, "held_out_tokens": test.num_tokens, "top_k": test.top_k, "recall": rows}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Means over the layers, and the range over seeds."""
+    """Means over the layers, and their range."""
     k = results["top_k"]
-    lines = [f"{'recall':14}{f'at {k}':>8}{f'at {2 * k}':>8}  lowest and highest layer at {k}, seeds"]
+    lines = [f"{'recall':14}{f'at {k}':>8}{f'at {2 * k}':>8}  lowest and highest layer at {k}"]
     for name, values in results["recall"].items():
-        of_seed = np.array(values)  # (seeds, 2, L - 1)
-        means, layers, seeds = of_seed.mean((0, 2)), of_seed.mean(0)[0], of_seed[:, 0].mean(1)
-        spread = f"  {seeds.min():.4f} to {seeds.max():.4f} over {len(seeds)} seeds" if len(seeds) > 1 else ""
-        lines.append(f"{name:14}{means[0]:8.3f}{means[1]:8.3f}  {layers.min():.3f} {layers.max():.3f}{spread}")
+        of_layer = np.array(values)  # (2, L - 1)
+        means, layers = of_layer.mean(1), of_layer[0]
+        lines.append(f"{name:14}{means[0]:8.3f}{means[1]:8.3f}  {layers.min():.3f} {layers.max():.3f}")
     return "\n".join(lines)
 
 

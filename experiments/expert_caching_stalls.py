@@ -53,7 +53,7 @@ class Args:
     scores: Path = SHIPPED
     """Checkpoint of the learned scores."""
     pointer: Path | None = None
-    """Run folder of a trained pointer policy (its final/ is taken)."""
+    """Run folder of a trained pointer policy; its best/ is taken, by stalls on training sequences."""
     data_dir: Path | None = None
     """Folder with routing traces. Default: $SCHEDLAB_DATA, then the download cache."""
 
@@ -104,7 +104,7 @@ def entries(setting: Setting, args: Args, train: Workload, prefetchers: dict[str
     if args.pointer is not None:
         from ..agents.expert_caching_pointer import load_pointer
 
-        pointer = load_pointer(args.pointer / "final", args.scores, "pointer")
+        pointer = load_pointer(args.pointer / "best", args.scores, "pointer", setting.knobs)
         rows.append(("pointer", setting.spec, lambda part: pointer))
     rows += [
         ("belady", base, lambda part: belady(part, base)),

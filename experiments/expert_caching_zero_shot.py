@@ -46,7 +46,8 @@ def measure(args: Args) -> dict[str, Any]:
     """Train one network a seed, measure it on both traces and return what zero_shot.json holds. Raises InputError."""
     import torch
 
-    from ..agents.expert_caching import LearnedEviction, pack_portable
+    from ..agents.expert_caching import LearnedEviction
+    from ..agents.expert_caching_checkpoint import pack_portable
     from ..agents.expert_caching_train import EvictionTraining, prepare_trace, train_portable
 
     torch.set_num_threads(1)

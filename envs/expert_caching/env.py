@@ -38,7 +38,6 @@ from .state import (
     State,
     empty_state,
     reset_decision,
-    resolve_decision,
 )
 from .table import (
     NUM_CANDIDATE,
@@ -50,7 +49,10 @@ from .table import (
     choose,
     next_choice,
     open_epoch,
+    resolve_wanted,
+    show_choice,
     strongest,
+    write_candidate_nodes,
     write_candidates,
     write_context,
     write_graph,
@@ -111,6 +113,7 @@ class Batch(NamedTuple):
     victims: np.ndarray  # (N, M)
     prefetch: np.ndarray  # (N, P, 3)
     num_filled: np.ndarray  # (N,) int64 rows of the observation that are filled
+    graph_epoch: np.ndarray  # (N,) int64 epoch that the nodes and edges of the observation show, -1: none
     loss: np.ndarray  # (N,) float64 stall, or loads, at the last action
     unit: np.ndarray  # (N,) float64 what the loss is divided by: seconds of a load, or 1
 
@@ -241,7 +244,7 @@ def start_one(batch: Batch, n: int, affinity: Affinity, warm: bool, context, can
 
 @njit_borrowed
 def write_graphs(batch: Batch, which, following, nodes, edges, edge_type, edge_mask, candidate_node) -> None:
-    """The graphs of the envs listed; after its last step an env has none."""
+    """The graphs of the envs listed; after its last step an env has none. Nodes and edges stay through an epoch."""
     for n in which:
         if batch.books[n, 0].done:
             nodes[n] = 0.0
@@ -249,29 +252,28 @@ def write_graphs(batch: Batch, which, following, nodes, edges, edge_type, edge_m
             edge_type[n] = 0
             edge_mask[n] = False
             candidate_node[n] = -1
-        else:
-            write_graph(
-                state_of(batch, n),
-                table_of(batch, n),
-                following,
-                nodes[n],
-                edges[n],
-                edge_type[n],
-                edge_mask[n],
-                candidate_node[n],
-            )
+            batch.graph_epoch[n] = -1
+            continue
+        state, table, epoch = state_of(batch, n), table_of(batch, n), batch.engine[n, 0].epoch
+        if batch.graph_epoch[n] != epoch:
+            batch.graph_epoch[n] = epoch
+            write_graph(state, table, following, nodes[n], edges[n], edge_type[n], edge_mask[n])
+        write_candidate_nodes(state, table, nodes.shape[1], candidate_node[n])
 
 
 @njit
 def follow_batch(batch: Batch, decide, params, memory, plan, victims, prefetch, epochs, actions) -> None:
     """What a rule would choose in each env; see `ExpertCachingVectorEnv.rule_actions`."""
     for n in range(len(actions)):
+        if batch.books[n, 0].done:
+            actions[n] = 0
+            continue
         wanted = Decision(plan[n], victims[n], prefetch[n])
         if epochs[n] != batch.engine[n, 0].epoch:
             epochs[n] = batch.engine[n, 0].epoch
             follow_one(batch, n, wanted)
             decide(_state_of(batch, n), params[n], memory[n], wanted)
-            resolve_wanted(batch, n, wanted)
+            resolve_one(batch, n, wanted)
         actions[n] = followed_action(batch, n, wanted)
 
 
@@ -285,17 +287,22 @@ def follow_one(batch: Batch, n: int, wanted: Decision) -> None:
 
 
 @njit_borrowed
-def resolve_wanted(batch: Batch, n: int, wanted: Decision) -> None:
-    """Make what the rule wants legal. What it wanted illegally is not the env's to count."""
-    illegal = batch.engine[n, 0].num_illegal
-    resolve_decision(state_of(batch, n), wanted)
-    batch.engine[n, 0].num_illegal = illegal
+def resolve_one(batch: Batch, n: int, wanted: Decision) -> None:
+    """What can be done of it."""
+    resolve_wanted(state_of(batch, n), wanted)
 
 
 @njit_borrowed
 def followed_action(batch: Batch, n: int, wanted: Decision) -> int:
     """The row that builds what the rule wants."""
     return action_of(state_of(batch, n), table_of(batch, n), wanted, decision_of(batch, n))
+
+
+@njit_borrowed
+def show_choices(which, actions, candidates) -> None:
+    """Mark the row that a rule would choose in each of the envs listed."""
+    for n in which:
+        show_choice(candidates[n], actions[n])
 
 
 class ExpertCachingVectorEnv(PointerVectorEnv):
@@ -308,7 +315,8 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
         experts to prefetch.
     OBSERVATION: context float32 (C,), candidates float32 (K, F), action_mask bool (K,); the columns are named in
         `table.CONTEXT_FEATURES` and `table.CANDIDATE_FEATURES`, scaled to about [-1, 1]. The routing of higher layers
-        and later tokens is never observed. With `graph=True` also the typed graph of `table.write_graph`.
+        and later tokens is never observed. With `graph=True` also the typed graph of `table.write_graph`. With `shown`,
+        a rule for each task, a column of the candidates marks the row that the rule would choose.
     REWARD: minus the stall since the last action, in loads (`CostModel.load_s`); in eviction-only mode minus the loads.
     TERMINATION: when the episode's tokens are served. TRUNCATION: never.
     EPISODE: a task drawn at random from `tasks`; of its workload random sequences, `episode_tokens` tokens in all (the
@@ -328,6 +336,7 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
         workload: Workload | None = None,
         episode_tokens: int | None = None,
         affinity: Affinity | None = None,
+        shown: Sequence[Rule] | None = None,
         graph: bool = False,
         debug: bool = False,
         render_mode: str | None = None,
@@ -341,6 +350,9 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
             raise InputError("no task given", remedy="Give at least one Task(spec, workload)")
         if episode_tokens is not None and episode_tokens < 1:
             raise InputError(f"episode_tokens is {episode_tokens}", remedy="Give a positive number of tokens")
+        if shown is not None and len(shown) != len(self.tasks):
+            raise InputError(f"{len(shown)} rules to show for {len(self.tasks)} tasks", remedy="Give one a task")
+        self.shown = shown
         self._check_common_shape()
         self.affinity = affinity if affinity is not None else Affinity.fit(self.tasks[0].workload)
         self._following = strongest(self.affinity)
@@ -441,6 +453,7 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
             victims=np.zeros((n, len(state.missing)), np.int64),
             prefetch=np.zeros((n, prefetches, 3), np.int64),
             num_filled=np.zeros(n, np.int64),
+            graph_epoch=np.full(n, -1),
             loss=np.zeros(n),
             unit=np.ones(n),
         )
@@ -455,6 +468,7 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
                 raise InputError(
                     "100 episodes in a row had nothing to decide", remedy="Give a smaller cache or longer episodes"
                 )
+        self._show_choices(which)
         if self.graph:
             write_graphs(self.batch, which, self._following, *self.graph.values())
 
@@ -478,6 +492,7 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
         set_limits(State(*(array[n] for array in batch[: len(State._fields)])), spec, workload.prior)
         batch.cost[n] = cost_rows(spec, workload)
         batch.books[n, 0]["num_steps"] = len(batches)
+        batch.graph_epoch[n] = -1
         batch.unit[n] = 1.0 if spec.eviction_only else spec.cost.load_s
         return bool(
             start_one(
@@ -510,9 +525,16 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
             self.candidates,
             self.action_mask,
         )
+        self._show_choices(np.flatnonzero(~self._done))
         if self.graph:
             write_graphs(self.batch, np.arange(self.num_envs), self._following, *self.graph.values())
         return self._rewards.copy(), self._done.copy(), np.zeros(self.num_envs, np.bool_)
+
+    def _show_choices(self, which: np.ndarray) -> None:
+        """Mark what the rules that are shown would choose."""
+        if self.shown is not None:
+            actions = self.rule_actions([self.shown[index] for index in self.task_index.tolist()])
+            show_choices(which, actions, self.candidates)
 
     def state(self, n: int = 0) -> State:
         """What env n shows to a policy (views)."""
@@ -527,9 +549,15 @@ class ExpertCachingVectorEnv(PointerVectorEnv):
 
         A teacher for imitation: the rule decides once an epoch, then its decision is followed row by row. It is asked
         only in epochs in which there is a choice, so rules that must see every one (ARC, LFU) are approximate here.
-        An oracle (`belady(env.episode(n), spec)`) must be made anew when the episode of its env ends.
+        An oracle (`belady(env.episode(n), spec)`) must be made anew when the episode of its env ends. Where rules are
+        shown, only their kernel can be followed: what a rule remembers is kept for one at a time.
         """
         kernel = rules[0].decide_kernel
+        if self.shown is not None and kernel is not self.shown[0].decide_kernel:
+            raise InputError(
+                f"rule {rules[0].name!r} followed while {self.shown[0].name!r} is shown",
+                remedy="Follow the rules that are shown, or make an env without `shown`",
+            )
         if len(rules) != self.num_envs or any(rule.decide_kernel is not kernel for rule in rules):
             raise InputError(f"{len(rules)} rules for {self.num_envs} envs", remedy="Give one an env, of one kernel")
         f, b = self._followed, self.batch

@@ -20,12 +20,23 @@ import numpy as np
 
 from ..core.kernel import njit_borrowed
 from .affinity import Affinity
-from .state import ABSENT, AUTO, BYPASS, CANDIDATE, IN_USE, Decision, State, is_taken, slot_kind
+from .state import (
+    ABSENT,
+    AUTO,
+    BYPASS,
+    CANDIDATE,
+    IN_USE,
+    Decision,
+    State,
+    is_taken,
+    resolve_decision,
+    slot_kind,
+)
 
 VICTIM, PREFETCH, PREFETCH_VICTIM, DONE = 0, 1, 2, 3
 """Phases of an epoch."""
 
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 """Raised whenever the meaning of a column below changes: checkpoints of another version are refused."""
 
 CONTEXT_FEATURES = (
@@ -73,10 +84,13 @@ CANDIDATE_FEATURES = (
     "copy brought by a prefetch and not used yet",
     "steps since the copy was loaded: x / (16 + x)",
     "root of a predictor's probability of a next use soon",
+    "would be chosen by the rule that is shown",
 )
 NUM_CONTEXT, NUM_CANDIDATE = len(CONTEXT_FEATURES), len(CANDIDATE_FEATURES)
 INCOMING = NUM_CONTEXT - 9
 """First context column that describes the expert on its way into the cache."""
+CHOSEN = CANDIDATE_FEATURES.index("would be chosen by the rule that is shown")
+"""Candidate column that `show_choice` writes."""
 
 TABLE_DTYPE = np.dtype(
     [
@@ -446,6 +460,7 @@ def write_expert(engine, experts, affinity_now, tokens: int, layer: int, e: int,
     out[14] = expert.slot >= 0 and expert.loaded > expert.last_use
     out[15] = loaded / (np.float32(16.0) + loaded) if expert.slot >= 0 else np.float32(0.0)
     out[16] = np.sqrt(expert.keep)
+    out[CHOSEN] = 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ graph
@@ -465,11 +480,11 @@ def strongest(affinity: Affinity) -> np.ndarray:
 
 
 @njit_borrowed
-def write_graph(state: State, table: Table, following, nodes, edges, edge_type, edge_mask, candidate_node) -> None:
+def write_graph(state: State, table: Table, following, nodes, edges, edge_type, edge_mask) -> None:
     """The experts of this layer and of the coming ones within `prefetch_depth`, and who follows those needed now.
 
-    Node (ahead * E + e) is expert e of the layer `ahead` layers on; its columns are CANDIDATE_FEATURES. Experts of
-    layers beyond, which a pooled cache may offer, are no nodes: their rows have candidate_node -1.
+    Node (ahead * E + e) is expert e of the layer `ahead` layers on; its columns are CANDIDATE_FEATURES. All decisions
+    of an epoch see the same nodes and edges.
     """
     head, engine, experts, now = table.head[0], state.engine[0], state.experts, table.affinity_now
     num_experts = engine.num_experts
@@ -494,15 +509,40 @@ def write_graph(state: State, table: Table, following, nodes, edges, edge_type, 
             edges[0, other] = 0
             edges[1, other] = 0
             edge_type[other] = 0
-    for row in range(len(candidate_node)):
-        candidate_node[row] = -1
-        if 0 < row < head.num_rows:
-            ahead = (table.rows[row, 0] - engine.layer) % engine.num_layers
-            if ahead < reach:
-                candidate_node[row] = ahead * num_experts + table.rows[row, 1]
+
+
+@njit_borrowed
+def write_candidate_nodes(state: State, table: Table, num_nodes: int, candidate_node) -> None:
+    """The node that each row is about, int32 (K,): -1 for row 0, and for experts of layers beyond those in the graph.
+
+    (A pooled cache may offer such.)
+    """
+    engine, rows = state.engine[0], table.rows
+    num_rows, num_experts = table.head[0].num_rows, engine.num_experts
+    candidate_node[0] = -1
+    for row in range(1, num_rows):
+        node = (rows[row, 0] - engine.layer) % engine.num_layers * num_experts + rows[row, 1]
+        candidate_node[row] = node if node < num_nodes else -1
+    candidate_node[num_rows:] = -1
 
 
 # ------------------------------------------------------------------------------------------------- following
+
+
+@njit_borrowed
+def resolve_wanted(state: State, wanted: Decision) -> None:
+    """Make what a rule wants legal. What it wanted illegally is not the policy's to count."""
+    illegal = state.engine[0].num_illegal
+    resolve_decision(state, wanted)
+    state.engine[0].num_illegal = illegal
+
+
+@njit_borrowed
+def show_choice(candidates, row: int) -> None:
+    """Mark in candidates (K, F) the row that a rule would choose, and no other."""
+    for other in range(len(candidates)):
+        candidates[other, CHOSEN] = 0.0
+    candidates[row, CHOSEN] = 1.0
 
 
 @njit_borrowed

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from schedlab.agents.expert_caching import (
-    LearnedCaching,
-    LearnedEviction,
-    advice_for,
-    advice_rule,
-    load_eviction,
-    new_memory,
-    observe,
-    pack_eviction,
-    pack_portable,
-    prepare_scores,
-    row_of,
-    save_eviction,
-    score_layer,
-    score_layer_above,
-)
+from schedlab.agents.expert_caching import SHIPPED, LearnedCaching, LearnedEviction, advice_for, load_eviction
+from schedlab.agents.expert_caching_checkpoint import pack_eviction, pack_portable, save_eviction
 from schedlab.agents.expert_caching_features import (
     AGE,
     CONTEXT_DECAY,
@@ -47,6 +32,8 @@ from schedlab.agents.expert_caching_features import (
     weigh_past,
 )
 from schedlab.agents.expert_caching_network import DISCOUNTS, EvictionNetwork, NextLayerHead, scan
+from schedlab.agents.expert_caching_rule import advice_rule
+from schedlab.agents.expert_caching_score import new_memory, observe, row_of, score_layer, score_layer_above
 from schedlab.agents.expert_caching_train import (
     IN_USE,
     EvictionTraining,
@@ -60,6 +47,7 @@ from schedlab.agents.expert_caching_train import (
     train_head,
     train_portable,
 )
+from schedlab.agents.expert_caching_units import BLOCK, run_units
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.expert_caching.advice import run_with_advice
 from schedlab.envs.expert_caching.sim import Simulator
@@ -102,7 +90,7 @@ def head() -> NextLayerHead:
 
 @pytest.fixture
 def policy(network, head) -> LearnedEviction:
-    return LearnedEviction("learned", pack_eviction(network, head), K)
+    return LearnedEviction("learned", pack_eviction([network], head), K)
 
 
 class Streamed(NamedTuple):
@@ -116,7 +104,7 @@ class Streamed(NamedTuple):
 
 def streamed(weights, workload: Workload) -> Streamed:
     shape = (workload.num_tokens, LAYERS)
-    memory = new_memory(weights, 1, K, 1)
+    memory = new_memory(weights, 1, K)
     out = Streamed(
         np.zeros((*shape, EXPERTS, len(DISCOUNTS)), np.float32),
         np.zeros((*shape, NUM_FEATURES, EXPERTS), np.float32),
@@ -128,9 +116,8 @@ def streamed(weights, workload: Workload) -> Streamed:
             used = workload.experts[t, layer]
             observe(weights, memory, 0, layer, workload.token_position[t], used)
             weighed = weigh_past(row_of(memory.streams, 0), layer)
-            prepare_scores(weights, memory, 0, layer, used, *weighed)
+            score_layer(weights, memory, 0, layer, used, *weighed)
             out.tables[t, layer] = memory.table[:NUM_FEATURES]
-            score_layer(weights, memory, layer)
             out.logits[t, layer] = memory.logits.T
             score_layer_above(weights, memory, 0, layer, used, *weighed)
             out.above_logits[t, layer], out.above_tables[t, layer] = memory.above, memory.table[:NUM_FEATURES]
@@ -252,9 +239,8 @@ def test_scan_is_the_recurrence():
     torch.testing.assert_close(scan(keep, value), torch.stack(expected, 1))
 
 
-@pytest.mark.parametrize("chunk", [183, 20])
-def test_kernel_equals_torch(workload, network, policy, chunk):
-    logits, tables, *_ = streamed(policy.weights, workload)
+def in_torch(network: EvictionNetwork, workload: Workload, tables: np.ndarray, chunk: int) -> torch.Tensor:
+    """Logits (T, L, E, O) of a network, chunk by chunk, on these feature tables."""
     features = torch.from_numpy(tables).permute(1, 2, 0, 3)  # (L, F, T, E)
     used = torch.zeros(1, workload.num_tokens, LAYERS, EXPERTS)
     used.scatter_(3, torch.from_numpy(workload.experts.astype(np.int64))[None], 1.0)
@@ -266,11 +252,49 @@ def test_kernel_equals_torch(workload, network, policy, chunk):
             flat = features[:, :, a:b].reshape(LAYERS, NUM_FEATURES, -1)
             result, recurrence = network(used[:, a:b], begins[:, a:b], recurrence, range(LAYERS), flat)
             out.append(result.view(LAYERS, len(DISCOUNTS), b - a, EXPERTS).permute(2, 0, 3, 1))
-    torch.testing.assert_close(torch.from_numpy(logits), torch.cat(out), atol=2e-4, rtol=1e-4)
-    some = network(used, begins, network.begin(1), [1], features[1:2].flatten(2))[0]
-    torch.testing.assert_close(
-        some.view(len(DISCOUNTS), -1, EXPERTS).permute(1, 2, 0), torch.cat(out)[:, 1], atol=2e-4, rtol=1e-4
-    )
+        some = network(used, begins, network.begin(1), [1], features[1:2].flatten(2))[0]
+    logits = torch.cat(out)
+    alone = some.view(len(DISCOUNTS), -1, EXPERTS).permute(1, 2, 0)
+    torch.testing.assert_close(alone, logits[:, 1], atol=2e-4, rtol=1e-4)
+    return logits
+
+
+@pytest.mark.parametrize("chunk", [183, 20])
+def test_kernel_equals_torch(workload, network, policy, chunk):
+    logits, tables, *_ = streamed(policy.weights, workload)
+    expected = in_torch(network, workload, tables, chunk)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_committee_says_the_mean(workload, network, head, policy):
+    torch.manual_seed(5)
+    other = EvictionNetwork(LAYERS, EXPERTS, width=16, hidden=8).eval()
+    both = streamed(pack_eviction([network, other], head), workload)
+    expected = (in_torch(network, workload, both.tables, 183) + in_torch(other, workload, both.tables, 183)) / 2
+    torch.testing.assert_close(torch.from_numpy(both.logits), expected, atol=2e-4, rtol=1e-4)
+    np.testing.assert_array_equal(both.above_logits, streamed(policy.weights, workload).above_logits)
+
+
+@pytest.mark.parametrize("columns", [BLOCK, 3 * BLOCK + 17])
+def test_units_and_their_gradients_are_those_of_torch(columns):
+    torch.manual_seed(0)
+    shapes = {"channels": (2, 3, columns), "w": (6, 8), "b": (2, 6), "v": (4, 14), "c": (2, 4)}
+    features = torch.randn(2, 5, columns)
+    arguments = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+    channels, w, b, v, c = arguments
+    x = torch.cat([features, channels], 1)
+    hidden = torch.relu(w @ x + b[:, :, None])
+    expected = v @ torch.cat([x, hidden], 1) + c[:, :, None]
+    logits = run_units(features, *arguments)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    gradient = torch.randn_like(logits)
+    for name, ours, torchs in zip(
+        shapes,
+        torch.autograd.grad(logits, arguments, gradient),
+        torch.autograd.grad(expected, arguments, gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, torchs, atol=1e-3, rtol=1e-4, msg=name)
 
 
 def test_head_kernel_equals_torch(workload, network, head, policy):
@@ -443,14 +467,15 @@ def test_targets_and_loss_by_hand():
     targets = next_use_targets(trace, np.array([[0, 1]]), np.array([0])).view(len(DISCOUNTS), 2, 4)
     d = torch.tensor(DISCOUNTS)
     torch.testing.assert_close(targets[:, 0, :3], torch.stack([d, d**0, d**2], 1))  # used in 2, 1 and 3 tokens
-    assert targets[:, :, 3].max() < 1e-5  # never
+    assert targets[:, :, 3].max() < 1e-4  # never
     used = torch.nn.functional.one_hot(torch.tensor([[[0], [1]]]), 4).float()
     logits = torch.full((1, len(DISCOUNTS), 8), -20.0)
     logits[:, :, [0, 5]] = 20.0  # what the tokens use themselves
     logits[:, :, 1] = 20.0
     own = (1 - targets[:, 0, 0]) + (1 - targets[:, 1, 1])
     expected = 20.0 * (targets[:, 0, 2] + targets[:, 1, [0, 2]].sum(1) + IN_USE * own).mean() / 8
-    torch.testing.assert_close(eviction_loss(logits, targets.view(1, -1, 8), used, np.array([0])), expected)
+    loss = eviction_loss(logits, targets.view(1, -1, 8), used, np.array([0]))
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)  # the tail of what is never used
 
 
 def test_targets_above_are_what_the_token_uses_next():
@@ -520,7 +545,7 @@ def test_training_beats_lru():
         simulator.reset(test)
         if name == "learned":
             head = NextLayerHead(LAYERS, EXPERTS, width=32).eval()
-            LearnedEviction(name, pack_eviction(network, head), K).run(simulator)
+            LearnedEviction(name, pack_eviction([network], head), K).run(simulator)
         else:
             while not simulator.step(simulator.default_decision()).done:
                 pass
@@ -567,10 +592,8 @@ def test_broken_checkpoints_are_refused(tmp_path, policy):
 
 
 def test_the_shipped_checkpoint_is_small_and_loads():
-    folder = files("schedlab.agents") / "shipped" / "expert_caching" / "deepseek_v2_lite"
-    sizes = [file.stat().st_size for file in folder.iterdir()]
-    assert sum(sizes) < 3 << 20
-    assert load_eviction(str(folder)).shape == (26, 64, 6)
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 5 << 20
+    assert load_eviction(SHIPPED).shape == (26, 64, 6)
 
 
 @pytest.mark.data
@@ -579,10 +602,9 @@ def test_the_shipped_policy_beats_lru_on_held_out_sequences():
         workload = find_routing("deepseek_v2_lite")
     except InputError as error:
         pytest.skip(str(error))
-    folder = files("schedlab.agents") / "shipped" / "expert_caching" / "deepseek_v2_lite"
     test = workload.split(0.25, seed=2026)[0].head(600)
     loads = []
-    for policy in (None, load_eviction(str(folder))):
+    for policy in (None, load_eviction(SHIPPED)):
         simulator = Simulator(ExpertCachingSpec(cache_share=0.5, eviction_only=True), recording=False)
         simulator.reset(test)
         if policy:

@@ -59,12 +59,13 @@ def test_intervals_hold_the_gap_and_grow_with_the_spread_of_seeds():
 def test_the_command_writes_the_table_and_a_checkpoint(tmp_path, capsys):
     save_routing(tmp_path / "kinds.npz", random_workload(3, (40,) * 24, experts=32))
     argv = ["--trace", str(tmp_path / "kinds.npz"), "--out", str(tmp_path / "out"), "--seeds", "2", "--steps", "4"]
-    argv += ["--head-steps", "4"]
+    argv += ["--head-steps", "4", "--members", "2"]
     assert gap.main([*argv, "--bootstrap", "50", "--ship", str(tmp_path / "shipped")]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["policy"] for row in results["rows"]]
-    assert names == ["lru", "ema_95", "learned_score", "ridge", "copy_kernel", "agent", "belady"]
-    assert results["rows"][0]["gap"] == [0.0] * 4 and results["rows"][-1]["gap"] == pytest.approx([100.0] * 4)
+    assert names == ["lru", "ema_95", "learned_score", "ridge", "copy_kernel", "belady", "one_network", "agent"]
+    gaps = {row["policy"]: row["gap"] for row in results["rows"]}
+    assert gaps["lru"] == [0.0] * 4 and gaps["belady"] == pytest.approx([100.0] * 4)
     # The rounded checkpoint, run in the simulator, does what the network does.
     assert results["deployed"]["loads"] == pytest.approx(results["deployed"]["loads_in_torch"], rel=0.02)
     assert "agent" in capsys.readouterr().out

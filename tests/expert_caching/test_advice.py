@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from schedlab.agents.expert_caching import Knobs, advice_rule
+from schedlab.agents.expert_caching_rule import Knobs, advice_rule
+from schedlab.baselines.expert_caching import RULES
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.expert_caching.advice import Advice, run_with_advice
 from schedlab.envs.expert_caching.env import ExpertCachingVectorEnv, Task
@@ -131,3 +132,42 @@ def test_advice_of_another_workload_is_refused():
     spec = ExpertCachingSpec()
     with pytest.raises(InputError, match="some tasks have advice, others none"):
         ExpertCachingVectorEnv(1, tasks=[Task(spec, workload, good), Task(spec, workload)])
+
+
+def test_following_the_choice_that_is_shown_is_the_rule():
+    """The marked row is legal and the only one, also after an episode; taking it stalls as the rule does."""
+    workload = generate(seed=5).head(80)
+    rng = np.random.default_rng(1)
+    shape = (workload.num_tokens, workload.num_layers, workload.num_experts)
+    said = Advice(*(rng.integers(1, 256, shape).astype(np.uint8) for _ in range(2)))
+    spec = ExpertCachingSpec(cost=COST, max_prefetch=2, bypass=True, history_tokens=1)
+    rule = advice_rule(Knobs(0.1, 0.3, 0.05))
+    simulator = Simulator(spec)
+    simulator.reset(workload)
+    run_with_advice(simulator, rule, said)
+
+    env = ExpertCachingVectorEnv(2, tasks=[Task(spec, workload, said)], shown=[rule])
+    env.reset(seed=0)
+    column = CANDIDATE_FEATURES.index("would be chosen by the rule that is shown")
+    stall, episodes = 0.0, 0
+    while episodes < 2:
+        marks = env.candidates[:, :, column]
+        actions = marks.argmax(1)
+        assert (marks.sum(1) == 1.0).all() and env.action_mask[np.arange(2), actions].all()
+        np.testing.assert_array_equal(actions, env.rule_actions([rule] * 2))
+        _, reward, terminated, _, _ = env.step(actions)
+        stall -= float(reward[0]) * COST.load_s
+        if terminated[0]:
+            assert stall == pytest.approx(float(simulator.sim.books[0]["total_stall_s"]), rel=1e-9)
+            stall, episodes = 0.0, episodes + 1
+
+
+def test_one_rule_is_shown_for_every_task_and_no_other_can_be_followed():
+    workload = generate(seed=5).head(20)
+    tasks = [Task(ExpertCachingSpec(history_tokens=1), workload)] * 2
+    with pytest.raises(InputError, match="1 rules to show for 2 tasks"):
+        ExpertCachingVectorEnv(1, tasks=tasks, shown=[RULES["lru"]])
+    env = ExpertCachingVectorEnv(1, tasks=tasks, shown=[RULES["lru"]] * 2)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match="followed while 'lru' is shown"):
+        env.rule_actions([RULES["ema_95"]])
