@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..envs.core.errors import InputError
+from ..envs.core.results import atomic_folder
 from .networks import PointerNetwork
 from .policy import PointerPolicy
 
@@ -107,12 +107,7 @@ def save_checkpoint(
             f"checkpoint config is not JSON-able ({error})", file=folder, remedy="Use dicts, lists, numbers and text"
         ) from error
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with atomic_folder(folder) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         (temporary / WEIGHTS).write_bytes(save(tensors))  # save_file makes files that only the owner can read
         (temporary / CONFIG).write_text(text)
@@ -126,12 +121,6 @@ def save_checkpoint(
             state = {name: tensor.contiguous() for name, tensor in resume[0].items()}
             (temporary / RESUME_TENSORS).write_bytes(save(state))
             (temporary / RESUME_JSON).write_text(json.dumps(resume[1]))
-        if folder.exists():
-            os.rename(folder, replaced)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 

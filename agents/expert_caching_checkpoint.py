@@ -7,8 +7,6 @@ kept as int8 with a scale for every row, all else as float16.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ..envs.core.errors import InputError
+from ..envs.core.results import atomic_folder
 from .expert_caching_features import FEATURE_VERSION
 from .expert_caching_score import Weights
 
@@ -148,18 +147,10 @@ def save_eviction(
     _, num_layers, num_experts, _ = weights.embedding.shape
     model = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
     text = json.dumps({"format": FORMAT, "feature_version": FEATURE_VERSION, "model": model, **config}, indent=2)
-    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as temporary:
         (temporary / WEIGHTS).write_bytes(save(tensors))
         (temporary / CONFIG).write_text(text + "\n")
         (temporary / CARD).write_text(card)
-        if folder.exists():
-            os.rename(folder, replaced)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
