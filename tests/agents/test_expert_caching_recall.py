@@ -34,7 +34,8 @@ def test_recall_by_hand():
 def test_the_agent_is_asked_as_it_is_deployed(weights):
     workload = random_workload(8, (150, 200))
     scores = np.concatenate(list(experiment.by_agent(workload, weights)))
-    np.testing.assert_array_equal(scores, streamed(weights, workload).above_logits[:, :-1])
+    # sums may be ordered otherwise where a chunk ends
+    np.testing.assert_allclose(scores, streamed(weights, workload).above_logits[:, :-1], rtol=0, atol=1e-5)
 
 
 def test_the_command_writes_the_table(tmp_path, weights, capsys):
