@@ -7,6 +7,7 @@ else is written once, for all of them.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,12 @@ def serve(
     inner = guarded[before:] if guarded is not None else decision_s
     deciding_s = sum(decision_s) + (sum(inner) if guarded is not None else 0.0)
     return Served(backend.timeline(), np.array(inner), deciding_s, engine_s)
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Digest of the weights in a checkpoint folder; None if there are none."""
+    weights = folder / "policy.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None
 
 
 def decision_metrics(served: Served, *, is_real: bool) -> dict[str, float]:

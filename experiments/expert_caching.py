@@ -15,7 +15,7 @@ import tyro
 
 from ..envs.core.errors import InputError
 from . import command, deploy, evaluate
-from .domain import DECISION_UNITS, Deployment, Moved, Served, check_named_once, decision_metrics, serve
+from .domain import DECISION_UNITS, Deployment, Moved, Served, check_named_once, decision_metrics, serve, weights_digest
 
 if TYPE_CHECKING:
     from ..envs.core.interface import Policy
@@ -237,10 +237,7 @@ def find_contenders(names: Sequence[str], base: ExpertCachingSpec, trace: Trace)
 def fingerprint(name: str, trace: Trace) -> str | None:
     """Digest of a checkpoint's weights; None for what is named by code alone."""
     folder = shipped_folder(trace) if name == AGENT else checkpoint_folder(Path(name).expanduser())
-    weights = folder / "policy.safetensors"
-    if not weights.is_file():
-        return None
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return weights_digest(folder)
 
 
 # --------------------------------------------------------------------------------------------- comparison
@@ -353,18 +350,8 @@ def demand_loads(workload: Workload, spec: ExpertCachingSpec, policy: Any) -> in
 
     simulator = Simulator(spec, recording=False)
     simulator.reset(workload)
-    run_compiled(simulator, policy)
+    policy.run(simulator)
     return int(simulator.state().engine[0]["num_demand_loads"])
-
-
-def run_compiled(simulator: Any, policy: Any) -> None:
-    """Run a rule or a learned policy to the end."""
-    from ..envs.expert_caching.rule import Rule
-
-    if isinstance(policy, Rule):
-        simulator.run(policy)
-    else:
-        policy.run(simulator)
 
 
 def least_times(workload: Workload, spec: ExpertCachingSpec) -> tuple[float, float]:
@@ -402,7 +389,7 @@ class SimulatedModel:
 
         simulator = Simulator(contender.spec)
         simulator.reset(workload)
-        run_compiled(simulator, contender.make(workload))
+        contender.make(workload).run(simulator)
         return Served(simulator.timeline())
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..agents.expert_caching import SHIPPED, LearnedCaching, LearnedEviction, load_eviction
+from ..agents.expert_caching import SHIPPED, LearnedCaching, load_eviction
 from ..baselines.expert_caching import RULES, belady, belady_loads, system_spec
 from ..baselines.expert_fitted import fit_affinity_prefetch, fit_moe_infinity
 from ..envs.core.errors import InputError
@@ -118,10 +118,7 @@ def serve(spec: ExpertCachingSpec, policy: Any, part: Workload) -> dict[str, flo
     simulator = Simulator(spec, recording=False)
     simulator.reset(part)
     begun_s = time.process_time()
-    if isinstance(policy, LearnedEviction):
-        policy.run(simulator)
-    else:
-        simulator.run(policy)
+    policy.run(simulator)
     spent_s, engine = time.process_time() - begun_s, simulator.state().engine[0]
     return {
         "stall_s": float(simulator.sim.books[0]["total_stall_s"]),

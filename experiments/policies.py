@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..envs.request_scheduling.spec import RequestSchedulingSpec
 from ..envs.request_scheduling.state import Decision, State
 from ..envs.request_scheduling.table import FEATURE_VERSION, NUM_CANDIDATE, NUM_CONTEXT
 from ..envs.request_scheduling.workload import Workload
+from .domain import weights_digest
 
 if TYPE_CHECKING:
     from ..envs.request_scheduling.rule import Rule
@@ -130,10 +130,7 @@ def load_agent(name: str, folder: Path, spec: RequestSchedulingSpec) -> Policy[S
 def fingerprint(name_or_path: str) -> str | None:
     """Digest of a checkpoint's weights; None for what is named by code alone."""
     folder = SHIPPED if name_or_path == AGENT else Path(name_or_path).expanduser()
-    weights = checkpoint_folder(folder) / "policy.safetensors"
-    if name_or_path in RULES or not weights.is_file():
-        return None
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return None if name_or_path in RULES else weights_digest(checkpoint_folder(folder))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import tyro
 
 from ..envs.core.errors import InputError
 from . import deploy, evaluate
-from .domain import Deployment, Moved, Served, check_named_once
+from .domain import Deployment, Moved, Served, check_named_once, weights_digest
 
 if TYPE_CHECKING:
     from ..baselines.soc_static import Plan
@@ -142,16 +141,12 @@ class SocComparison:
 
     def serve(self, policy: Any, workload: Workload, seed: int, moved: Moved) -> Served:
         """One run, compiled, under the binding that the rule is published with."""
-        from ..agents.soc_dag import PointerScheduling
         from ..envs.soc_dag.sim import Simulator
 
         rule = self._rule(policy, workload)
         simulator = Simulator(self.spec.replace(binding=rule.binding))
         simulator.reset(workload, seed)
-        if isinstance(policy, PointerScheduling):
-            policy.run(simulator)
-        else:
-            simulator.run(rule)
+        rule.run(simulator)
         return Served(simulator.timeline())
 
     def _rule(self, policy: Any, workload: Workload) -> Any:
@@ -259,8 +254,7 @@ def checkpoint_of(name: str) -> Path | None:
 def fingerprint(name: str) -> str | None:
     """Digest of a checkpoint's weights; None for what is named by code alone."""
     folder = checkpoint_of(name)
-    weights = folder / "policy.safetensors" if folder else None
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
+    return weights_digest(folder) if folder else None
 
 
 def find_policies(names: Sequence[str]) -> list[Any]:

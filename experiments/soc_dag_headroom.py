@@ -125,10 +125,7 @@ def makespans(spec: SocDagSpec, policy: Rule | PointerScheduling, workload: Work
     simulator, ends = Simulator(spec.replace(binding=policy.binding)), []
     for seed in range(seeds):
         simulator.reset(workload, seed)
-        if isinstance(policy, Rule):
-            simulator.run(policy)
-        else:
-            policy.run(simulator)
+        policy.run(simulator)
         ends.append(float(simulator.sim.state.engine[0]["now"]))
     return ends
 
@@ -266,10 +263,7 @@ def measure_mix(agent: PointerScheduling, gap_us: float, sigma: float, args: Con
             policy: Rule | PointerScheduling = agent if name == "agent" else places if name == "heft" else RULES[name]
             simulator = Simulator(spec.replace(binding=policy.binding))
             simulator.reset(workload, seed)
-            if isinstance(policy, Rule):
-                simulator.run(policy)
-            else:
-                policy.run(simulator)
+            policy.run(simulator)
             due = workload.arrival_us + workload.with_deadlines(soc, 3.0).deadline_us
             metrics.append(compute_metrics(replace(simulator.timeline(), deadline=due), workload, soc))
     return found

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .state import Decision, State
+
+if TYPE_CHECKING:
+    from .sim import Simulator
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,10 @@ class Rule:
     def with_params(self, *params: float, name: str | None = None) -> Rule:
         """The same rule with other knobs."""
         return replace(self, params=params, name=name or self.name)
+
+    def run(self, simulator: Simulator) -> None:
+        """Run the rest of the simulator's workload, compiled, as learned policies do."""
+        simulator.run(self)
 
     def reset(self, state: State) -> None:
         # The memory belongs to a run, the rule itself is a frozen value: keep it beside the dataclass fields.
