@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..envs.core.kernel import entry_point, njit, njit_borrowed
+from ..envs.core.blocks import BoundCall, load
+from ..envs.core.kernel import UNCOUNTED, njit, njit_borrowed
 from ..envs.request_scheduling.sim import (
     Sim,
     Simulator,
@@ -18,7 +19,7 @@ from ..envs.request_scheduling.sim import (
     skip_idle,
 )
 from ..envs.request_scheduling.spec import RequestSchedulingSpec
-from ..envs.request_scheduling.state import Decision, State, empty_decision, reset_decision
+from ..envs.request_scheduling.state import Decision, State, empty_decision, empty_state, reset_decision
 from ..envs.request_scheduling.table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
@@ -72,6 +73,13 @@ def decide_compiled(
         update_observation(state, problem, table, action, view.context, view.candidates)
 
 
+@njit(cache=True, **UNCOUNTED)
+def _decide_at(address: int, kind: Any) -> bool:
+    """`decide_compiled` with its arguments in a block of memory."""
+    state, problem, table, weights, view, decision = load(address, kind)
+    return decide_compiled(state, problem, table, weights, view, decision)
+
+
 @njit(cache=True)
 def run_compiled(
     sim: Sim, problem: Problem, table: Table, weights: DeepSetsWeights, view: View, decision: Decision
@@ -103,20 +111,21 @@ class CompiledPolicy:
         self.problem = Problem.of(spec)
         self.table = empty_table(spec.num_candidates)
         self.view = empty_view(spec.num_candidates)
-        self._entry: Callable | None = None
+        self._bound = self._bind(empty_state(1), empty_decision(1))
 
     def reset(self, state: State) -> None:
-        """Nothing is remembered from run to run; what must be compiled for such a state is compiled now."""
-        arguments = (state, self.problem, self.table, self.weights, self.view, empty_decision(1))
-        self._entry = entry_point(decide_compiled, *arguments)
+        """Nothing is remembered from run to run."""
 
     def decide(self, state: State, decision: Decision) -> None:
-        """Write the decision for `state` into `decision`."""
-        if self._entry is None:
-            self.reset(state)
-            assert self._entry is not None
-        if not self._entry(state, self.problem, self.table, self.weights, self.view, decision):
+        """Write the decision for `state` into `decision`. Fastest where both are the arrays of the call before."""
+        bound = self._bound
+        if not (bound.arguments[0] is state and bound.arguments[-1] is decision):
+            bound = self._bound = self._bind(state, decision)
+        if not bound():
             raise ValueError(f"policy {self.name!r}: logits are not finite")
+
+    def _bind(self, state: State, decision: Decision) -> BoundCall:
+        return BoundCall(_decide_at, (state, self.problem, self.table, self.weights, self.view, decision))
 
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 
+from ..envs.core.blocks import block_of
 from ..envs.core.errors import InputError
 from ..envs.core.interface import Outcome
 from ..envs.core.kernel import entry_point, njit_borrowed
@@ -32,7 +33,7 @@ from ..envs.soc_dag.spec import SocDagSpec
 from ..envs.soc_dag.state import BOUND, Decision, State, empty_decision, reset_decision
 from ..envs.soc_dag.timeline import Timeline
 from ..envs.soc_dag.workload import Workload
-from .threads_calls import block_of, call_of
+from .threads_calls import call_of
 from .threads_cuda import Lane, check_device, check_kernels
 from .threads_kernels import BLOCK, compiled_compute, new_store, one_blas_thread
 from .threads_machine import (
