@@ -6,6 +6,7 @@ It sees what the env's graph observation shows: the same kernels write both.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..envs.core.kernel import njit
+from ..envs.soc_dag.graph import NUM_EDGE, NUM_EDGE_TYPES, NUM_NODE, GraphArrays, empty_graph, write_graph
 from ..envs.soc_dag.sim import Simulator
 from ..envs.soc_dag.spec import SocDagSpec
 from ..envs.soc_dag.state import Decision, State
-from ..envs.soc_dag.table import (
-    NUM_CANDIDATE,
-    NUM_CONTEXT,
-    NUM_EDGE,
-    NUM_EDGE_TYPES,
-    NUM_NODE,
-    Table,
-    choose,
-    empty_table,
-    open_table,
-    write_graph,
-    write_observation,
-)
+from ..envs.soc_dag.table import NUM_CANDIDATE, NUM_CONTEXT, Table, choose, empty_table, open_table, write_observation
 from .gnn import GRAPH_KEYS, GraphPointerNetwork, GraphShape
 from .soc_dag_train import Instance
 
@@ -37,29 +27,13 @@ SHAPE = GraphShape(NUM_CONTEXT, NUM_CANDIDATE, NUM_NODE, NUM_EDGE, NUM_EDGE_TYPE
 
 
 @njit(cache=True)
-def look(
-    state: State,
-    table: Table,
-    context,
-    candidates,
-    mask,
-    nodes,
-    edges,
-    edge_type,
-    edge_mask,
-    candidate_node,
-    edge_features,
-    node_group,
-    candidate_place,
-) -> bool:
+def look(state: State, table: Table, context, candidates, mask, graph: GraphArrays) -> bool:
     """Write the observation with its graph; False where there is no choice but row 1."""
     open_table(state, table)
     if table.head[0].num_rows <= 2 and state.engine[0].num_in_progress == 0:
         return False
     write_observation(state, table, context, candidates, mask)
-    write_graph(
-        state, table, nodes, edges, edge_type, edge_mask, candidate_node, edge_features, node_group, candidate_place
-    )
+    write_graph(state, table, graph)
     return True
 
 
@@ -70,24 +44,21 @@ class GraphView:
         rows, p = spec.num_candidates, len(state.pes)
         num_nodes = p + spec.graph_tasks
         self.table = empty_table(rows, p, len(state.jobs), len(state.tasks), num_nodes)
-        self.arrays = {
+        self.rows = {
             "context": np.zeros(NUM_CONTEXT, np.float32),
             "candidates": np.zeros((rows, NUM_CANDIDATE), np.float32),
             "action_mask": np.zeros(rows, np.bool_),
-            "nodes": np.zeros((num_nodes, NUM_NODE), np.float32),
-            "edges": np.zeros((2, spec.graph_edges), np.int32),
-            "edge_type": np.zeros(spec.graph_edges, np.int32),
-            "edge_mask": np.zeros(spec.graph_edges, np.bool_),
-            "candidate_node": np.full(rows, -1, np.int32),
-            "edge_features": np.zeros((spec.graph_edges, NUM_EDGE), np.float32),
-            "node_group": np.full(num_nodes, -1, np.int32),
-            "candidate_place": np.full(rows, -1, np.int32),
         }
-        assert tuple(self.arrays) == GRAPH_KEYS
+        self.graph = empty_graph(num_nodes, spec.graph_edges, rows)
+        self.arrays = self.rows | self.graph._asdict()
+        """All of them, by the names of the env's observation."""
 
     def look(self, state: State) -> bool:
         """Write what `state` shows; False where there is no choice but row 1."""
-        return bool(look(state, self.table, *self.arrays.values()))
+        return bool(look(*self._look_arguments(state)))
+
+    def _look_arguments(self, state: State) -> tuple[Any, ...]:
+        return (state, self.table, *self.rows.values(), self.graph)
 
 
 class GraphScheduling:

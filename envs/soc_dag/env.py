@@ -9,10 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.kernel import njit, njit_borrowed
+from ..core.kernel import entry_point, njit, njit_borrowed
 from ..core.vector_env import GraphSize, PointerEnv, PointerVectorEnv
 from .generate import random_stream
+from .graph import (
+    NUM_EDGE,
+    NUM_EDGE_TYPES,
+    NUM_NODE,
+    GraphArrays,
+    clear_graph,
+    empty_graph,
+    graph_of,
+    write_graph,
+)
 from .library import Library, build_library
+from .look_ahead import Outlook
 from .rule import Rule
 from .sim import ARRIVAL_DTYPE, BOOKS_DTYPE, KIND_DTYPE, Sim, arrival_rows, configure, run_decision, start
 from .spec import SocDagSpec
@@ -20,15 +31,11 @@ from .state import DECISION_DTYPE, Decision, State, empty_state, reset_decision
 from .table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
-    NUM_EDGE,
-    NUM_EDGE_TYPES,
-    NUM_NODE,
     Table,
     action_of,
     choose,
     empty_table,
     open_table,
-    write_graph,
     write_observation,
 )
 from .workload import Stream, Workload, noise_draws
@@ -82,11 +89,12 @@ class Batch(NamedTuple):
     table_rows: np.ndarray  # (B, R, 3)
     table_shown: np.ndarray  # (B, V)
     table_node_of: np.ndarray  # (B, N)
-    table_considered: np.ndarray  # (B, 4K)
-    table_outlook: np.ndarray  # (B, 4K, 4)
-    table_planned: np.ndarray  # (B, 5, 4K)
-    table_of_pes: np.ndarray  # (B, 7, P)
-    table_job_end: np.ndarray  # (B, J)
+    outlook_num_considered: np.ndarray  # (B, 1)
+    outlook_considered: np.ndarray  # (B, 4K)
+    outlook_of_tasks: np.ndarray  # (B, 4K, 6)
+    outlook_planned: np.ndarray  # (B, 6, 4K)
+    outlook_of_pes: np.ndarray  # (B, 11, P)
+    outlook_job_end: np.ndarray  # (B, J)
     bind: np.ndarray  # (B, 1) DECISION_DTYPE
     loss: np.ndarray  # (B,) float64 the objective at the last action
 
@@ -142,17 +150,15 @@ def sim_of(batch: Batch, b: int) -> Sim:
 @njit_borrowed
 def table_of(batch: Batch, b: int) -> Table:
     """The action table of env b (views)."""
-    return Table(
-        batch.table_head[b],
-        batch.table_rows[b],
-        batch.table_shown[b],
-        batch.table_node_of[b],
-        batch.table_considered[b],
-        batch.table_outlook[b],
-        batch.table_planned[b],
-        batch.table_of_pes[b],
-        batch.table_job_end[b],
+    outlook = Outlook(
+        batch.outlook_num_considered[b],
+        batch.outlook_considered[b],
+        batch.outlook_of_tasks[b],
+        batch.outlook_planned[b],
+        batch.outlook_of_pes[b],
+        batch.outlook_job_end[b],
     )
+    return Table(batch.table_head[b], batch.table_rows[b], batch.table_shown[b], batch.table_node_of[b], outlook)
 
 
 @njit_borrowed
@@ -184,21 +190,35 @@ def loss_of(sim: Sim) -> float:
     return books.live_us / engine.unit
 
 
+class Views(NamedTuple):
+    """What the envs show, with a leading axis of B envs: the arrays of `PointerVectorEnv`."""
+
+    context: np.ndarray  # (B, C) float32
+    candidates: np.ndarray  # (B, K, F) float32
+    action_mask: np.ndarray  # (B, K) bool
+    graph: GraphArrays  # of the envs; without nodes if no graph is shown
+
+
 @njit_borrowed
-def observe(sim: Sim, table: Table, context, candidates, mask) -> None:
-    """Write the observation of one env; after the last step it is empty, and only the first row is legal."""
+def observe(sim: Sim, table: Table, views: Views, b: int) -> None:
+    """Write the observation of env b; after the last step it is empty, and only the first row is legal."""
+    has_graph = views.graph.nodes.shape[1] > 0
     if sim.books[0].done:
-        context[:] = 0.0
-        candidates[:] = 0.0
-        mask[:] = False
-        mask[0] = True
+        views.context[b] = 0.0
+        views.candidates[b] = 0.0
+        views.action_mask[b] = False
+        views.action_mask[b, 0] = True
         table.head[0].num_filled = 0
+        if has_graph:
+            clear_graph(table, graph_of(views.graph, b))
         return
-    write_observation(sim.state, table, context, candidates, mask)
+    write_observation(sim.state, table, views.context[b], views.candidates[b], views.action_mask[b])
+    if has_graph:
+        write_graph(sim.state, table, graph_of(views.graph, b))
 
 
 @njit_borrowed
-def step_batch(batch: Batch, actions, rewards, done, context, candidates, mask) -> None:
+def step_batch(batch: Batch, actions, rewards, done, views: Views) -> None:
     """One action in each env; writes rewards (B,), done (B,) and the observations."""
     for b in range(len(actions)):
         sim, table, decision = sim_of(batch, b), table_of(batch, b), Decision(batch.bind[b])
@@ -209,60 +229,18 @@ def step_batch(batch: Batch, actions, rewards, done, context, candidates, mask) 
         loss = loss_of(sim)
         rewards[b] = batch.loss[b] - loss
         batch.loss[b] = loss
-        observe(sim, table, context[b], candidates[b], mask[b])
+        observe(sim, table, views, b)
 
 
 @njit_borrowed
-def start_one(batch: Batch, b: int, context, candidates, mask) -> bool:
+def start_one(batch: Batch, b: int, views: Views) -> bool:
     """Start env b, whose episode is loaded, and run to its first choice. False if it has none."""
     sim, table, decision = sim_of(batch, b), table_of(batch, b), Decision(batch.bind[b])
     start(sim)
     alive = open_choice(sim, table, decision)
     batch.loss[b] = loss_of(sim)
-    observe(sim, table, context, candidates, mask)
+    observe(sim, table, views, b)
     return alive
-
-
-@njit_borrowed
-def write_graphs(
-    batch: Batch,
-    which,
-    nodes,
-    edges,
-    edge_type,
-    edge_mask,
-    candidate_node,
-    edge_features,
-    node_group,
-    candidate_place,
-) -> None:
-    """The graphs of the envs listed; after its last step an env has none."""
-    for b in which:
-        if batch.books[b, 0].done:
-            nodes[b] = 0.0
-            edges[b] = 0
-            edge_type[b] = 0
-            edge_mask[b] = False
-            candidate_node[b] = -1
-            edge_features[b] = 0.0
-            node_group[b] = -1
-            candidate_place[b] = -1
-            batch.table_head[b, 0].num_nodes = 0
-            batch.table_head[b, 0].num_edges = 0
-            batch.table_head[b, 0].num_pointed = 0
-        else:
-            write_graph(
-                state_of(batch, b),
-                table_of(batch, b),
-                nodes[b],
-                edges[b],
-                edge_type[b],
-                edge_mask[b],
-                candidate_node[b],
-                edge_features[b],
-                node_group[b],
-                candidate_place[b],
-            )
 
 
 _state_of = njit(state_of.py_func)  # counted references, for the rule's own kernel
@@ -350,10 +328,15 @@ class SocDagVectorEnv(PointerVectorEnv):
         self.render_mode = render_mode
         self._libraries = [build_library(task.workload.dags, checked(task).soc) for task in self.tasks]
         self._first_dag = np.cumsum([0, *(len(library.dags) for library in self._libraries)])
+        shown = GraphArrays(**self.graph) if graph else stacked(empty_graph(0, 0, 0), num_envs)
+        self._views = Views(self.context, self.candidates, self.action_mask, shown)
         self.batch = self._empty_batch(size)
         self.task_index = np.zeros(num_envs, np.int64)
         self._episodes: list[tuple[Workload, int] | None] = [None] * num_envs
+        self._actions = np.zeros(num_envs, np.int64)
         self._rewards, self._done = np.zeros(num_envs), np.zeros(num_envs, np.bool_)
+        self._step_arguments = (self.batch, self._actions, self._rewards, self._done, self._views)
+        self._step_batch = entry_point(step_batch, *self._step_arguments)
         self._followed: dict[str, Any] = {}
 
     def _empty_batch(self, size: GraphSize | None) -> Batch:
@@ -367,9 +350,10 @@ class SocDagVectorEnv(PointerVectorEnv):
         num_kinds = max(len(spec.soc.kinds) for spec in specs)
         state = empty_state(p, jobs, num_tasks, num_edges, num_levels)
         n = len(state.tasks)
-        table = empty_table(specs[0].num_candidates, p, jobs, n, size.nodes if size else 0)
+        rows = empty_table(specs[0].num_candidates, p, jobs, n, size.nodes if size else 0)._asdict()
+        outlook = rows.pop("outlook")
         return Batch(
-            **{name: np.repeat(array[None], b, axis=0) for name, array in state._asdict().items()},
+            **stacked(state, b)._asdict(),
             **{f"library_{name}": array for name, array in joined(self._libraries, p)._asdict().items()},
             arrivals=np.zeros((b, jobs), ARRIVAL_DTYPE),
             draws=np.zeros((b, n)),
@@ -382,7 +366,8 @@ class SocDagVectorEnv(PointerVectorEnv):
             tail=np.full((b, p), -1, np.int64),
             data_at=np.zeros((b, n)),
             books=np.zeros((b, 1), BOOKS_DTYPE),
-            **{f"table_{name}": np.repeat(array[None], b, axis=0) for name, array in table._asdict().items()},
+            **{f"table_{name}": np.repeat(array[None], b, axis=0) for name, array in rows.items()},
+            **{f"outlook_{name}": array for name, array in stacked(outlook, b)._asdict().items()},
             bind=np.zeros((b, 1), DECISION_DTYPE),
             loss=np.zeros(b),
         )
@@ -422,8 +407,6 @@ class SocDagVectorEnv(PointerVectorEnv):
                     "100 episodes in a row had nothing to decide",
                     remedy="Give more PEs, or jobs with tasks in parallel",
                 )
-        if self.graph:
-            write_graphs(self.batch, which, *self.graph.values())
 
     def _load(self, b: int, index: int, rng: np.random.Generator) -> bool:
         """Load an episode of a task into env b and run it to its first choice."""
@@ -440,12 +423,11 @@ class SocDagVectorEnv(PointerVectorEnv):
         batch.arrivals[b, : len(workload)] = rows
         batch.draws[b, : workload.num_tasks] = noise_draws(workload, seed)
         batch.books[b, 0]["num_jobs"] = len(workload)
-        return bool(start_one(batch, b, self.context[b], self.candidates[b], self.action_mask[b]))
+        return bool(start_one(batch, b, self._views))
 
     def _step_envs(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        step_batch(self.batch, actions, self._rewards, self._done, self.context, self.candidates, self.action_mask)
-        if self.graph:
-            write_graphs(self.batch, np.arange(self.num_envs), *self.graph.values())
+        self._actions[:] = actions
+        self._step_batch(*self._step_arguments)
         return self._rewards.copy(), self._done.copy(), np.zeros(self.num_envs, np.bool_)
 
     def state(self, b: int = 0) -> State:
@@ -489,6 +471,11 @@ class SocDagVectorEnv(PointerVectorEnv):
 
         socs = [self.tasks[index].spec.soc for index in self.task_index]
         return tuple(rgb_array(draw_state(self.state(b), soc)) for b, soc in enumerate(socs))
+
+
+def stacked(arrays: Any, num_envs: int) -> Any:
+    """The arrays of a NamedTuple, once for each env, with a leading axis."""
+    return type(arrays)(*(np.repeat(array[None], num_envs, axis=0) for array in arrays))
 
 
 def checked(task: Task) -> SocDagSpec:

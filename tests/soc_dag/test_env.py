@@ -14,11 +14,11 @@ from schedlab.baselines.soc_static import heft, plan_rule
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.soc_dag.env import SocDagEnv, SocDagVectorEnv, Task
 from schedlab.envs.soc_dag.generate import random_stream
+from schedlab.envs.soc_dag.graph import BOUND_TO, MAY_RUN_ON, PRECEDES
 from schedlab.envs.soc_dag.library import Graph
 from schedlab.envs.soc_dag.sim import Simulator
 from schedlab.envs.soc_dag.spec import PeKind, Soc, SocDagSpec
 from schedlab.envs.soc_dag.state import BOUND, FINISHED, IDLE
-from schedlab.envs.soc_dag.table import BOUND_TO, MAY_RUN_ON, PRECEDES
 from schedlab.envs.soc_dag.workload import Stream, Workload
 
 WORKLOAD = random_workload(5, num_jobs=8)

@@ -12,18 +12,24 @@ from schedlab.baselines.soc_dag import RULES
 from schedlab.envs.soc_dag.env import SocDagVectorEnv
 from schedlab.envs.soc_dag.generate import spark_job, spark_stream
 from schedlab.envs.soc_dag.library import Graph, write_optimistic_costs
-from schedlab.envs.soc_dag.spec import SocDagSpec
-from schedlab.envs.soc_dag.state import BUSY, IDLE
-from schedlab.envs.soc_dag.table import (
+from schedlab.envs.soc_dag.look_ahead import (
+    BEST_PE,
     BY_END,
     BY_FINISH,
-    BY_LAXITY,
-    CANDIDATE_FEATURES,
+    COMING_AT,
+    COMING_END,
+    FIRST_FINISH,
+    IDLE_SHARE,
     JOB_END,
-    NUM_CANDIDATE,
-    NUM_CONTEXT,
+    LAX_BY_END,
+    LAX_BY_FINISH,
+    LEAST_ENERGY,
     REGRET,
+    WORK_LEFT,
 )
+from schedlab.envs.soc_dag.spec import SocDagSpec
+from schedlab.envs.soc_dag.state import BUSY, IDLE, WAITING
+from schedlab.envs.soc_dag.table import CANDIDATE_FEATURES, NUM_CANDIDATE, NUM_CONTEXT
 from schedlab.envs.soc_dag.workload import Dag, Workload
 
 WORKLOAD = random_workload(5, num_jobs=8)
@@ -70,8 +76,8 @@ def check_outlook(env: SocDagVectorEnv) -> int:
     """Compare everything in the table with what follows from the State. Returns the number of tasks planned here."""
     state, batch = env.state(), env.batch
     engine, now = state.engine[0], float(state.engine[0]["now"])
-    count = int(batch.table_head[0, 0]["num_considered"])
-    considered = batch.table_considered[0, :count].tolist()
+    count = int(batch.outlook_num_considered[0, 0])
+    considered = batch.outlook_considered[0, :count].tolist()
     assert considered == state.ready[: engine["num_ready"]].tolist()
     pes, slow = range(engine["num_pes"]), state.levels["slowdown"][np.arange(5), state.default_level]
     free = [
@@ -93,18 +99,30 @@ def check_outlook(env: SocDagVectorEnv) -> int:
         ways = sorted(end(task, pe, free[pe]) + state.ahead[task, pe] for pe in able)
         through[task], job = ways[0], int(state.tasks[task]["job"])
         job_end[job] = max(job_end[job], ways[0])
-        assert batch.table_outlook[0, i, JOB_END] == pytest.approx(ways[0])
-        if len(ways) > 1:
-            assert batch.table_outlook[0, i, REGRET] == pytest.approx(ways[1] - ways[0])
-    for job, at in job_end.items():
-        assert batch.table_job_end[0, job] == pytest.approx(at)
+        of_task = batch.outlook_of_tasks[0, i]
+        assert of_task[JOB_END] == ways[0]
+        assert of_task[REGRET] == (ways[1] - ways[0] if len(ways) > 1 else 4.0 * engine["unit"])
+        assert of_task[FIRST_FINISH] == min(end(task, pe, free[pe]) for pe in able)
+        watts = state.levels["watts"][np.arange(5), state.default_level]
+        assert of_task[LEAST_ENERGY] == min(state.times[task, pe] * slow[pe] * watts[pe] for pe in able)
+        assert of_task[WORK_LEFT] == state.jobs[job]["work_left"]
+        best = batch.outlook_planned[0, BEST_PE, i]
+        assert end(task, best, free[best]) + state.ahead[task, best] == ways[0]
+    assert {job: batch.outlook_job_end[0, job] for job in job_end} == job_end
+    check_coming(env, free)
+    kinds = state.pes["kind"]
+    for pe in pes:
+        same = [other for other in pes if kinds[other] == kinds[pe]]
+        idle_here = sum(state.pes[other]["status"] == IDLE for other in same)
+        assert batch.outlook_of_pes[0, IDLE_SHARE, pe] == idle_here / len(same)
     found = 0
-    for which, weight in ((BY_FINISH, 0.0), (BY_END, 1.0), (BY_LAXITY, 0.0)):
+    for which, weight in ((BY_FINISH, 0.0), (BY_END, 1.0), (LAX_BY_FINISH, 0.0), (LAX_BY_END, 1.0)):
 
         def key(task: int, which: int = which) -> tuple[float, float]:
             job = int(state.tasks[task]["job"])
-            laxity = state.jobs[job]["deadline"] - batch.table_job_end[0, job]
-            return (float(laxity if which == BY_LAXITY else state.jobs[job]["work_left"]), -through[task])
+            laxity = state.jobs[job]["deadline"] - batch.outlook_job_end[0, job]
+            by_laxity = which in (LAX_BY_FINISH, LAX_BY_END)
+            return (float(laxity if by_laxity else state.jobs[job]["work_left"]), -through[task])
 
         at, idle = list(free), int(engine["num_idle"])
         for task in sorted(considered, key=key):
@@ -113,11 +131,28 @@ def check_outlook(env: SocDagVectorEnv) -> int:
                 key=lambda pe: end(task, pe, at[pe]) + weight * state.ahead[task, pe],
             )
             here = idle > 0 and state.pes[to]["status"] == IDLE and at[to] == now
-            assert batch.table_planned[0, which, considered.index(task)] == (to if here else -1)
+            assert batch.outlook_planned[0, which, considered.index(task)] == (to if here else -1)
             at[to] = end(task, to, at[to])
             idle -= here
             found += here
     return found
+
+
+def check_coming(env: SocDagVectorEnv, free: list[float]) -> None:
+    """Compare what is said of tasks that will be ready: of those that a PE suits best, the one whose job ends last."""
+    state, batch, now = env.state(), env.batch, float(env.state().engine[0]["now"])
+    coming = {pe: (math.inf, 0.0) for pe in range(len(free))}
+    for row in state.pes[state.pes["status"] == BUSY]:
+        running, at = state.tasks[row["task"]], max(now, float(row["expected_end"]))
+        for edge in state.edges[running["first_out"] :][: running["num_out"]]:
+            task = int(edge["target"])
+            if state.tasks[task]["num_missing"] != 1 or state.tasks[task]["status"] != WAITING:
+                continue
+            ends = [max(free[to], at) + state.times[task, to] + state.ahead[task, to] for to in coming]
+            best = int(np.argmin(ends))
+            if ends[best] > coming[best][1]:
+                coming[best] = (at, ends[best])
+    assert {pe: tuple(batch.outlook_of_pes[0, [COMING_AT, COMING_END], pe]) for pe in coming} == coming
 
 
 def test_a_coming_task_is_seen_where_it_fits_best():
