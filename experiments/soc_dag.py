@@ -41,30 +41,13 @@ AGENT = r"agent(?:_([1-9]\d*))?"
 
 
 @dataclass
-class EvaluateArgs(evaluate.Args):
-    """Arguments of `schedlab evaluate soc_dag`."""
+class StreamArgs:
+    """How jobs arrive, and the PEs of the `threads` backend."""
 
-    domain: Annotated[Literal["soc_dag"], tyro.conf.Positional] = "soc_dag"
-    """What is scheduled."""
-    policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
-    """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed; `agent`
-    (the shipped one), agent_<n> (plans by the best of n of its schedules), or the folder of a checkpoint."""
-    workload: str = "random"
-    """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
-    (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
     gap: float = 0.0
     """Mean us between arrivals (DS3's scale); 0: all jobs are there at the start."""
     window: int = 1
     """Jobs in a run."""
-    objective: Literal["latency", "makespan", "energy", "edp", "deadline"] = "latency"
-    """What the first column shows."""
-    noise: float = 0.0
-    """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
-    transfers: Literal["pull", "push"] = "pull"
-    """Data move when their consumer is bound (as in DS3), or as soon as they are made, wherever they may be needed."""
-    backend: Literal["sim", "threads"] = "sim"
-    """The simulator, or pinned threads with real kernels. threads: workloads are cholesky_8, lu_6, qr_6, flow_40 (FFT,
-    FIR and MATMUL), flows_40, mix_6."""
     big: int = 1
     """threads: PEs that are a core."""
     little: int = 1
@@ -78,32 +61,42 @@ class EvaluateArgs(evaluate.Args):
 
 
 @dataclass
-class DeployArgs(deploy.Args):
+class EvaluateArgs(StreamArgs, evaluate.Args):
+    """Arguments of `schedlab evaluate soc_dag`."""
+
+    domain: Annotated[Literal["soc_dag"], tyro.conf.Positional] = "soc_dag"
+    """What is scheduled."""
+    policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
+    """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed; `agent`
+    (the shipped one), agent_<n> (plans by the best of n of its schedules), or the folder of a checkpoint."""
+    workload: str = "random"
+    """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
+    (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
+    objective: Literal["latency", "makespan", "energy", "edp", "deadline"] = "latency"
+    """What the first column shows."""
+    noise: float = 0.0
+    """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
+    transfers: Literal["pull", "push"] = "pull"
+    """Data move when their consumer is bound (as in DS3), or as soon as they are made, wherever they may be needed."""
+    choose_frequency: bool = False
+    """Every decision may choose the frequency at which a task runs; else all run at their PE's default one."""
+    backend: Literal["sim", "threads"] = "sim"
+    """The simulator, or pinned threads with real kernels. threads: workloads are cholesky_8, lu_6, qr_6, flow_40 (FFT,
+    FIR and MATMUL), flows_40, mix_6."""
+
+
+@dataclass
+class DeployArgs(StreamArgs, deploy.Args):
     """Arguments of `schedlab deploy --backend threads`."""
 
     backend: Literal["threads"] = "threads"
     """The engine: pinned threads with real kernels."""
     workload: str = "cholesky_8"
     """cholesky_8, lu_6, qr_6, flow_40 (FFT, FIR and MATMUL), flows_40 (six of these), mix_6 (all of them)."""
-    gap: float = 0.0
-    """Mean us between arrivals; 0: all jobs are there at the start."""
-    window: int = 1
-    """Jobs in a run."""
     objective: Literal["latency", "makespan", "deadline"] = "makespan"
     """What the first column shows."""
     time_budget: float | None = None
-    """Wall seconds for one decision. Default: no limit, decided in the caller's own thread, as a decision takes less
-    than to hand it to another."""
-    big: int = 1
-    """PEs that are a core."""
-    little: int = 1
-    """PEs that are a core which works on narrow strips."""
-    tile: int = 128
-    """Rows of a tile of data."""
-    copies: bool = False
-    """PEs have memories of their own, and data are copied between them."""
-    cost_model: Path | None = None
-    """What kernels take, as written by `schedlab calibrate threads`. Default: a short measurement."""
+    """Wall seconds for one decision; after a longer one the default decides. Default: no limit."""
 
 
 @dataclass
@@ -124,7 +117,8 @@ class SocComparison:
         arrivals = f"every {self.stream.gap_us:g} us" if self.stream.gap_us else "at once"
         noise = f", {self.spec.noise} noise {self.spec.noise_sigma:g}" if self.spec.noise_sigma else ""
         jobs = f"{self.stream.num_jobs} jobs {arrivals}" if self.stream.num_jobs > 1 else "1 job"
-        self.instance = f"{jobs} on {self.soc.name}{noise}, {self.spec.transfers}, {self.spec.objective}"
+        chosen = ", frequencies chosen" if self.spec.choose_frequency else ""
+        self.instance = f"{jobs} on {self.soc.name}{noise}, {self.spec.transfers}, {self.spec.objective}{chosen}"
         self.source = self.stream.source
         first = OBJECTIVES[self.spec.objective]
         others = ("mean_latency", "p95_latency", "mean_slowdown", "makespan", "energy", "deadline_misses")
@@ -297,7 +291,14 @@ def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[
     slack = DEADLINE_SLACK if args.objective == "deadline" else float("inf")
     soc, stream = find_stream(args.workload, args.gap, args.window, slack=slack, data_dir=args.data_dir)
     noise = "none" if args.noise == 0 else "normal" if args.workload.endswith("ds3") else "lognormal"
-    spec = SocDagSpec(soc, transfers=args.transfers, noise=noise, noise_sigma=args.noise, objective=args.objective)
+    spec = SocDagSpec(
+        soc,
+        transfers=args.transfers,
+        noise=noise,
+        noise_sigma=args.noise,
+        choose_frequency=args.choose_frequency,
+        objective=args.objective,
+    )
     comparison = SocComparison(args.workload, soc, stream, spec, _Model())
     if args.objective in ("energy", "edp") and not comparison.is_powered:
         raise InputError(f"SoC {soc.name!r} does not say what its PEs draw", remedy="Choose another objective, or ds3")

@@ -51,9 +51,9 @@ class ThreadsComparison(SocComparison):
             if hasattr(rule, "compiled"):
                 executor.reset(workload, seed)
                 executor.run(rule)
-                timeline = executor.timeline()
+                timeline, each = executor.timeline(), guarded_seconds(rule)
                 seconds = float(timeline.job_finish.max()) * 1e-6
-                served = Served(timeline, deciding_s=executor.deciding_us * 1e-6, engine_s=seconds)
+                served = Served(timeline, each, executor.deciding_us * 1e-6, seconds)
             else:
                 served = serve(executor, rule, workload, seed)
             residuals = executor.residuals()
@@ -77,6 +77,17 @@ class ThreadsComparison(SocComparison):
         found = super().about(policy, workload, seed, out)
         found["spec"]["soc"] |= {"bandwidth": (), "latency_us": ()}
         return found | {"is_measured": True}
+
+
+def guarded_seconds(rule: Any) -> np.ndarray:
+    """CPU seconds of each decision of a guarded policy's last run; none of a policy without a guard."""
+    from ..real_backend.threads_guard import CompiledGuard
+
+    if not isinstance(rule, CompiledGuard):
+        return np.zeros(0)
+    before = len(rule.decision_cpu_s)
+    rule.collect()
+    return np.array(rule.decision_cpu_s[before:])
 
 
 def cores_of(args: Any) -> dict[str, int]:
@@ -145,18 +156,24 @@ def open_comparison(args: Any) -> tuple[ThreadsComparison, list[Any], dict[str, 
     """The comparison, its policies, and digests of their weights. Raises InputError."""
     if args.noise:
         raise InputError(f"--noise is {args.noise}", remedy="Leave it out: the machine makes its own")
+    if args.choose_frequency:
+        raise InputError("cores do not change their frequency here", remedy="Leave --choose-frequency out")
     policies = find_policies(args.policies)
     return open_threads(args, args.objective), policies, {name: fingerprint(name) for name in args.policies}
 
 
 def open_deployment(args: Any) -> Deployment:
     """The guarded policy on real cores, with the rules that it is compared with. Raises InputError."""
-    from ..real_backend.threads_guard import GuardedScheduler
+    from ..real_backend.threads_guard import CompiledGuard, GuardedScheduler
     from .soc_dag import Planner, rule_of
 
     policy, *others = find_policies(list(dict.fromkeys((args.policy, *COMPARED))))
     comparison = open_threads(args, args.objective)
     if isinstance(policy, Planner):
         policy = rule_of(policy, comparison.draw(args.seed), comparison.spec)
-    guard = GuardedScheduler(policy, args.time_budget, on_failure=lambda *_: None)
+    guard: Any = (
+        CompiledGuard(policy, args.time_budget)
+        if hasattr(policy, "compiled")
+        else GuardedScheduler(policy, args.time_budget, on_failure=lambda *_: None)
+    )
     return Deployment(comparison, guard, [guard, *others], {args.policy: fingerprint(args.policy)})

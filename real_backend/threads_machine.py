@@ -69,7 +69,8 @@ _yield = _libc("sched_yield")
 _sleep = _libc("usleep", types.uint32)
 _gettime = _libc("clock_gettime", types.int32, types.intp)
 _move = _libc("sched_setaffinity", types.int32, types.intp, types.intp)
-_MONOTONIC, _THREAD_CPU = 1, 3
+MONOTONIC, THREAD_CPU = 1, 3
+"""Clocks of the C library: the time, and how long the calling thread has had a core."""
 
 
 class Machine(NamedTuple):
@@ -128,20 +129,24 @@ def end_lock(machine: Machine) -> None:
 
 
 @njit_inlined
+def read_ns(kind: int, clock, address: int) -> int:
+    """ns that a clock of the C library shows, by way of `clock`, int64 (2,) at this address."""
+    _gettime(kind, address)
+    return clock[0] * 1_000_000_000 + clock[1]
+
+
+@njit_inlined
 def read_us(machine: Machine, thread: int) -> float:
     """us since the run began. A thread has a row of `clocks` for itself: that of its PE, or P."""
-    board, row = machine.board[0], machine.clocks[thread]
-    _gettime(_MONOTONIC, board.clocks + 64 * thread)
-    ns = row[0] * 1_000_000_000 + row[1] - board.origin_ns
+    board = machine.board[0]
+    ns = read_ns(MONOTONIC, machine.clocks[thread], board.clocks + 64 * thread) - board.origin_ns
     return np.floor(ns * (GRID / 1000.0)) / GRID
 
 
 @njit_inlined
 def read_cpu_us(machine: Machine, thread: int) -> float:
     """us that the calling thread has had its core."""
-    row = machine.clocks[thread]
-    _gettime(_THREAD_CPU, machine.board[0].clocks + 64 * thread)
-    return row[0] * 1e6 + row[1] * 1e-3
+    return read_ns(THREAD_CPU, machine.clocks[thread], machine.board[0].clocks + 64 * thread) * 1e-3
 
 
 @njit_inlined
