@@ -3,7 +3,8 @@
 `RULES` maps names to rules. The kernel `listed` takes the ready tasks in an order and gives each the PE of its choice:
 bound at once (binding "ready") these are the heuristics of the literature (MET, MCT, OLB, min-min) and of DS3 (EFT,
 ETF, HEFT_RT). The kernel `late` binds to idle PEs only, and lets a task wait for a busy PE that would still finish it
-first.
+first. `reclaiming` binds as `late`, and slows tasks down whose jobs have time: where no frequency may be chosen
+(`SocDagSpec.choose_frequency`) the two are one, and race to idle.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from ..envs.core.kernel import njit_borrowed, njit_inlined
 from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.spec import SocDagSpec
-from ..envs.soc_dag.state import IDLE, LATE, data_from
+from ..envs.soc_dag.state import IDLE, LATE, WAIT, data_from, free_at
 
 ARRIVED, RANK, REMAINING, SHORTEST, SOONEST, LAST, START, LAXITY = range(8)
 """Orders: as they became ready; highest upward rank; least work left in the job; shortest best time; earliest and
@@ -98,39 +99,68 @@ def late(state, params, memory, decision):
     """Ready tasks in an order take the PE that would finish them first, also a busy one, and wait for it if they must.
 
     params: order. Every pass plans all ready tasks anew, each behind those before it, and binds the first that begins
-    on an idle PE. memory: when each PE is free, as planned (P), then the keys of the ready tasks.
+    on an idle PE. memory: when each PE is free, as planned (P); what its times are multiplied by (P);
+    the keys of the ready tasks.
     """
-    engine, tasks, jobs, bind = state.engine[0], state.tasks, state.jobs, decision.bind[0]
-    pes, times, transfer, levels, default = state.pes, state.times, state.transfer, state.levels, state.default_level
-    num_pes, num_ready, order, now, since = (
-        engine.num_pes,
-        engine.num_ready,
-        int(params[0]),
-        engine.now,
-        data_from(engine),
-    )
-    free, keys = memory[:num_pes], memory[num_pes:]
+    engine, tasks, pes, bind = state.engine[0], state.tasks, state.pes, decision.bind[0]
+    num_pes, num_ready, order, since = engine.num_pes, engine.num_ready, int(params[0]), data_from(engine)
+    free, slowdown, keys, able = memory[:num_pes], memory[num_pes : 2 * num_pes], memory[2 * num_pes :], 0
     for pe in range(num_pes):
-        free[pe] = now if pes[pe].status == IDLE else max(now, pes[pe].expected_end) + pes[pe].queued
+        free[pe] = free_at(state, pe)
+        slowdown[pe] = state.levels[pe, state.default_level[pe]].slowdown
     for i in range(num_ready):
         task = tasks[state.ready[i]]
-        keys[i] = static_key(order, task, jobs[task.job])
-    for _ in range(num_ready):
+        keys[i] = static_key(order, task, state.jobs[task.job])
+        able += (task.kinds & engine.idle_kinds) != 0
+    while able > 0:  # none of those behind can begin now
         first = -1
         for i in range(num_ready):
             if not np.isnan(keys[i]) and (first < 0 or keys[i] < keys[first]):
                 first = i
         keys[first] = np.nan
-        number, to, ends = state.ready[first], -1, np.inf
-        for pe in range(num_pes):
-            if times[number, pe] < np.inf:
-                end = max(free[pe], since + transfer[number, pe]) + times[number, pe] * levels[pe, default[pe]].slowdown
-                if end < ends:
-                    to, ends = pe, end
-        if pes[to].status == IDLE and free[to] == now:
+        number, to, ends = state.ready[first], 0, np.inf
+        able -= (tasks[number].kinds & engine.idle_kinds) != 0
+        for pe in range(num_pes):  # without a branch: see `look_ahead.py`
+            end = max(free[pe], since + state.transfer[number, pe]) + state.times[number, pe] * slowdown[pe]
+            to = pe if end < ends else to
+            ends = min(ends, end)
+        if pes[to].status == IDLE and free[to] == engine.now:
             bind.task, bind.pe = number, to
             return
         free[to] = ends
+
+
+@njit_borrowed
+def reclaim_slack(state, decision, stretch):
+    """Bind at the operating point of least energy that leaves the job in time; at the fastest if none does.
+
+    In time is at the job's deadline, or when `stretch` times its shortest latency have passed since its arrival if that
+    is sooner. What is left until then is shared by the task and what is ahead of it, in proportion to their times.
+    """
+    engine, bind = state.engine[0], decision.bind[0]
+    if bind.task == WAIT or engine.num_levels == 1:
+        return
+    job, us, least = state.jobs[state.tasks[bind.task].job], state.times[bind.task, bind.pe], np.inf
+    due = min(job.deadline, job.arrival + stretch * job.shortest)
+    begin = max(free_at(state, bind.pe), data_from(engine) + state.transfer[bind.task, bind.pe])
+    both = us + state.ahead[bind.task, bind.pe]
+    room = (due - begin) * (us / both) if both > 0.0 else 0.0
+    for level in range(engine.num_levels):
+        point = state.levels[bind.pe, level]
+        if point.slowdown == np.inf:
+            break
+        spent = us * point.slowdown
+        if least == np.inf or (spent * point.watts < least and spent <= room):
+            bind.level = level
+        if spent <= room:
+            least = min(least, spent * point.watts)
+
+
+@njit_borrowed
+def reclaiming(state, params, memory, decision):
+    """As `late`, with the time that jobs have left turned into lower frequencies. params: order, stretch."""
+    late(state, params, memory, decision)
+    reclaim_slack(state, decision, params[1])
 
 
 def listed_rule(name: str, order: int, choice: int, *, binding: str = "ready", source: str = "") -> Rule:
@@ -140,12 +170,18 @@ def listed_rule(name: str, order: int, choice: int, *, binding: str = "ready", s
 
 def late_rule(name: str, order: int, source: str = "") -> Rule:
     """A rule of the kernel `late`."""
-    return Rule(name, late, (order,), memory_per_task=1, memory_per_pe=1, source=source)
+    return Rule(name, late, (order,), memory_per_task=1, memory_per_pe=2, source=source)
+
+
+def reclaiming_rule(name: str, order: int, stretch: float, source: str = "") -> Rule:
+    """A rule of the kernel `reclaiming`."""
+    return Rule(name, reclaiming, (order, stretch), memory_per_task=1, memory_per_pe=2, source=source)
 
 
 _MAHESWARAN = "Maheswaran et al.: Dynamic mapping of a class of independent tasks, JPDC 1999"
 _BRAUN = "Braun et al.: A comparison of eleven static heuristics, JPDC 2001"
 _MACK = "Mack et al.: Performant, multi-objective scheduling of highly interleaved task graphs, TPDS 2022"
+_ZHU = "Zhu, Melhem, Childers: Scheduling with dynamic voltage/speed adjustment using slack reclamation, TPDS 2003"
 
 RULES: dict[str, Rule] = {
     rule.name: rule
@@ -165,6 +201,7 @@ RULES: dict[str, Rule] = {
         listed_rule("eager_rank", RANK, FINISH, binding="late"),
         listed_rule("eager_srpt", REMAINING, FINISH, binding="late"),
         listed_rule("least_energy", REMAINING, ENERGY),
+        reclaiming_rule("slack_reclaiming", REMAINING, 2.0, f"after {_ZHU}"),
     )
 }
 """The rules that need neither a plan nor training, by name."""

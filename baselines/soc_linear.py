@@ -35,6 +35,8 @@ LATE_SRPT = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 def linear(state, params, memory, decision):
     """Ready tasks by the least weighted sum take the PE of least weighted finish, and wait for it while it is busy.
 
+    Where frequencies may be chosen, they take the PE and operating point of least weighted finish.
+
     params: see `PARAMS`. memory: when each PE is free, as planned (P), then the keys of the ready tasks.
     """
     engine, tasks, jobs, bind = state.engine[0], state.tasks, state.jobs, decision.bind[0]
@@ -59,17 +61,21 @@ def linear(state, params, memory, decision):
             if not np.isnan(keys[i]) and (first < 0 or keys[i] < keys[first]):
                 first = i
         keys[first] = np.nan
-        number, to, least, ends = state.ready[first], -1, np.inf, np.inf
+        number, to, at_level, least, ends = state.ready[first], -1, -1, np.inf, np.inf
         for pe in range(num_pes):
-            if times[number, pe] < np.inf:
-                level = levels[pe, default[pe]]
-                spent = times[number, pe] * level.slowdown
+            if times[number, pe] == np.inf:
+                continue
+            lowest = 0 if engine.num_levels > 1 else default[pe]
+            for level in range(lowest, engine.num_levels if engine.num_levels > 1 else lowest + 1):
+                if levels[pe, level].slowdown == np.inf:
+                    break
+                spent = times[number, pe] * levels[pe, level].slowdown
                 end = max(free[pe], since + transfer[number, pe]) + spent
-                value = end + per_watt * level.watts * spent + params[8] * state.ahead[number, pe]
+                value = end + per_watt * levels[pe, level].watts * spent + params[8] * state.ahead[number, pe]
                 if value < least:
-                    to, least, ends = pe, value, end
+                    to, at_level, least, ends = pe, level, value, end
         if pes[to].status == IDLE and free[to] == now:
-            bind.task, bind.pe = number, to
+            bind.task, bind.pe, bind.level = number, to, at_level
             return
         free[to] = ends
 

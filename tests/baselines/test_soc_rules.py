@@ -105,6 +105,28 @@ def test_least_energy_takes_the_frugal_point():
         assert simulator.timeline().finish[0] == took
 
 
+def frugal(dag: Dag, stretch: float, deadline_us: float = math.inf, choose: bool = True) -> tuple[list, list]:
+    """Levels and ends under slack reclaiming on a PE that takes twice as long at a fifth of the power."""
+    soc = Soc("one", (PeKind("p", 1, (500.0, 1000.0), ((0.2,), (1.0,))),))
+    rule = RULES["slack_reclaiming"].with_params(RULES["slack_reclaiming"].params[0], stretch)
+    simulator = Simulator(SocDagSpec(soc, choose_frequency=choose))
+    simulator.reset(Workload.from_arrays("w", ("p",), [dag], deadline_us=[deadline_us]))
+    simulator.run(rule)
+    return simulator.timeline().level.tolist(), simulator.timeline().finish.tolist()
+
+
+def test_slack_is_reclaimed_as_far_as_it_goes():
+    one = Dag.from_arrays("one", [[10.0]])
+    assert frugal(one, 2.0) == ([0], [20.0])
+    assert frugal(one, 1.9) == ([1], [10.0])  # 20 us are more than 19
+    assert frugal(one, 2.0, deadline_us=19.0) == ([1], [10.0])
+    assert frugal(one, 2.0, choose=False) == ([1], [10.0])  # no frequency may be chosen: race to idle
+    chain = Dag.from_arrays("chain", [[10.0], [10.0]], [(0, 1)])
+    assert frugal(chain, 2.0) == ([0, 0], [20.0, 40.0])
+    # 30 us in all: 15 are the first task's share, so it hurries, and leaves 20 to the other
+    assert frugal(chain, 1.5) == ([1, 0], [10.0, 30.0])
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(sorted(RULES)),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from schedlab.envs.core.results import read_results
-from schedlab.experiments import evaluate, report
+from schedlab.experiments import evaluate, report, soc_dag_dvfs
+
+DATA = Path(os.environ.get("SCHEDLAB_DATA", "absent"))
+needs_data = pytest.mark.skipif(not (DATA / "task_dags").is_dir(), reason="no task_dags/ in SCHEDLAB_DATA")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +55,29 @@ def test_a_stream_with_noise_and_deadlines(tmp_path, capsys):
     assert "lognormal noise 0.3" in capsys.readouterr().out
     assert "deadline_misses" in set(read_results(out / "results.csv")["metric"])
     assert evaluate.main(["--validate", str(out)]) == 0
+
+
+@needs_data
+def test_frequencies_can_be_chosen(tmp_path, capsys):
+    """Slack turned into lower frequencies saves energy, and the results say that it was allowed."""
+    out = tmp_path / "out"
+    argv = ["soc_dag", "--workload", "ds3", "--data-dir", str(DATA), "--gap", "200", "--window", "30", "--seeds", "1"]
+    argv += ["--objective", "energy", "--policies", "late_srpt", "slack_reclaiming", "--out", str(out)]
+    assert evaluate.main([*argv, "--choose-frequency"]) == 0
+    frame = read_results(out / "results.csv")
+    energy = frame[frame["metric"] == "energy"].set_index("policy")["value"]
+    assert energy["slack_reclaiming"] < 0.95 * energy["late_srpt"]
+    assert frame["instance"].str.contains("frequencies chosen").all()
+    assert evaluate.main(["--validate", str(out)]) == 0
+
+
+@needs_data
+def test_the_table_of_frequencies(capsys, monkeypatch):
+    monkeypatch.setenv("SCHEDLAB_DATA", str(DATA))
+    assert soc_dag_dvfs.main(soc_dag_dvfs.Config(gaps=(100.0,), jobs=20, seeds=2, generations=1)) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 + 7 and all(line.count("|") == 8 for line in lines)
+    assert lines[2].startswith("| 100 | late SRPT | 1 |")
 
 
 def test_errors_are_clear(capsys):

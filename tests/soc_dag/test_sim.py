@@ -10,6 +10,7 @@ from soc_problems import SMALL_SOC, random_workload, small_spec
 from soc_reference import ReferenceSimulator
 
 from schedlab.baselines.soc_dag import RULES
+from schedlab.baselines.soc_linear import linear_rule
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.core.interface import Backend
 from schedlab.envs.soc_dag.check import check_durations, check_schedule
@@ -30,6 +31,9 @@ CASES = {
     "arrival": small_spec(binding="arrival", noise="lognormal", noise_sigma=0.3),
     "whole": small_spec(soc=replace(SMALL_SOC, whole_us=True), binding="ready"),
 }
+
+
+FRUGAL = linear_rule((1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0, 0.0), "frugal")
 
 
 def test_random_decisions_meet_circles_of_waiting():
@@ -83,6 +87,34 @@ def test_equals_the_reference_under_random_decisions(case, seed):
     assert timeline.job_finish.max() == reference.now
     np.testing.assert_allclose(simulator.state().engine[0]["energy"], reference.energy, rtol=1e-12)
     np.testing.assert_allclose(simulator.sim.books[0]["live_us"], reference.live_us, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [RULES["least_energy"], RULES["slack_reclaiming"], FRUGAL], ids=lambda rule: rule.name)
+def test_equals_the_reference_under_rules_that_choose_frequencies(rule):
+    """The rule's decisions, levels included, told to the reference: the same levels, times and energy."""
+    levels = set()
+    for seed in range(6):
+        spec, workload = CASES["levels"].replace(noise="none"), random_workload(seed, num_jobs=10)
+        simulator, reference = Simulator(spec), ReferenceSimulator(spec, workload, seed)
+        simulator.reset(workload, seed)
+        rule.reset(simulator.state())
+        while not reference.done:
+            decision = simulator.default_decision()
+            rule.decide(simulator.state(), decision)
+            resolve_decision(simulator.state(), decision)
+            task, pe, level = decision.bind[0].item()
+            default = int(simulator.state().default_level[pe])
+            simulator.step(decision)
+            if task == WAIT:
+                reference.wait()
+            else:
+                reference.bind(task, pe, level if level >= 0 else default)
+        timeline = simulator.timeline()
+        for name in ("start", "finish", "pe", "level"):
+            assert getattr(timeline, name).tolist() == [getattr(task, name) for task in reference.tasks], name
+        np.testing.assert_allclose(simulator.state().engine[0]["energy"], reference.energy, rtol=1e-12)
+        levels |= set(zip(SMALL_SOC.kind_of_pe[timeline.pe].tolist(), timeline.level.tolist(), strict=True))
+    assert (0, 0) in levels and (rule.name == "least_energy" or (0, 1) in levels)
 
 
 def test_the_default_decision_finishes_the_work():
@@ -224,7 +256,7 @@ def test_noise_belongs_to_the_execution():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rule", ["late_srpt", "eft", "late_laxity", "least_energy"])
+@pytest.mark.parametrize("rule", ["late_srpt", "eft", "late_laxity", "least_energy", "slack_reclaiming"])
 def test_the_checker_accepts_what_the_simulator_does(case, rule):
     spec = CASES[case]
     for seed in range(3):
