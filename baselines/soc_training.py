@@ -1,14 +1,17 @@
-"""Published orders of training steps, as plans: pipeline schedules, and FSMoE's choice of chunks."""
+"""Published plans of training steps: pipeline schedules, FSMoE's choice of chunks, sequences on groups by an LP."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+from scipy.optimize import linprog
 
 from ..envs.core.errors import InputError
 from ..envs.soc_dag.library import Graph
+from ..envs.soc_dag.spec import Soc
 from ..envs.soc_dag.training import MoeCosts, Pipeline, moe_layer
+from ..envs.soc_dag.workload import Dag
 from .soc_static import Plan, plan_of_order
 
 Order = Callable[[Pipeline, int], list[int]]
@@ -115,3 +118,43 @@ def choose_chunks(costs: MoeCosts, *, max_chunks: int = 16, all_reduce_parts: in
     plans = {chunks: moe_plan(costs, chunks, all_reduce_parts) for chunks in range(1, max_chunks + 1)}
     chunks = min(plans, key=lambda c: (plans[c].makespan_us, c))
     return chunks, plans[chunks]
+
+
+# -------------------------------------------------------------------------------------- variable-length sequences
+
+
+def assign_by_lp(dag: Dag, soc: Soc) -> tuple[Plan, float]:
+    """Independent tasks before one last task (`training.sequence_batch`) on unlike PEs: (plan, lower bound in us).
+
+    The linear programme shares tasks out in fractions so that the busiest PE is least busy; at most as many tasks as
+    there are PEs are in parts in a basic solution, and go to the PE that they would end on first, longest first
+    (Lenstra, Shmoys, Tardos: Approximation algorithms for scheduling unrelated parallel machines, 1990).
+
+    Raises:
+        InputError: for a graph with other precedences.
+    """
+    n, p = dag.num_tasks - 1, soc.num_pes
+    if dag.edges.tolist() != [[task, n] for task in range(n)]:
+        raise InputError(f"graph {dag.name!r} has other precedences", remedy="Give independent tasks before one last")
+    graph = Graph.of(dag, soc)
+    times = graph.times[:n]
+    able, pairs = np.isfinite(times), np.argwhere(np.isfinite(times))
+    whole, busy = np.zeros((n, len(pairs) + 1)), np.zeros((p, len(pairs) + 1))
+    whole[pairs[:, 0], np.arange(len(pairs))] = 1.0
+    busy[pairs[:, 1], np.arange(len(pairs))] = times[able]
+    busy[:, -1] = -1.0
+    costs = np.append(np.zeros(len(pairs)), 1.0)
+    found = linprog(costs, busy, np.zeros(p), whole, np.ones(n), bounds=(0, None), method="highs-ds")
+    if found.status != 0:
+        raise RuntimeError(f"the linear programme of {dag.name!r} was not solved: {found.message}")
+    shares = np.zeros((n, p))
+    shares[able] = found.x[:-1]
+    place, split = shares.argmax(1), np.flatnonzero(shares.max(1) < 1.0 - 1e-9)
+    load = np.array([times[(place == pe) & (shares.max(1) >= 1.0 - 1e-9), pe].sum() for pe in range(p)])
+    for task in sorted(split, key=lambda task: -times[task][able[task]].min()):
+        place[task] = int(np.argmin(load + times[task]))
+        load[place[task]] += times[task, place[task]]
+    last = int(np.argmin(graph.times[n]))
+    plan = plan_of_order(graph, np.append(place, last), np.arange(n + 1))
+    longest_shortest = float(times.min(1).max())
+    return plan, max(float(found.fun), longest_shortest) + float(graph.times[n].min())

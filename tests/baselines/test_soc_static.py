@@ -20,14 +20,14 @@ from schedlab.baselines.soc_static import (
     plan_of_order,
     plan_rule,
 )
-from schedlab.baselines.soc_training import choose_chunks, moe_plan, pipeline_plan
+from schedlab.baselines.soc_training import assign_by_lp, choose_chunks, moe_plan, pipeline_plan
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.soc_dag.check import check_schedule
 from schedlab.envs.soc_dag.generate import cpu_gpu_soc, random_layered, tiled, topcuoglu
 from schedlab.envs.soc_dag.library import Graph
 from schedlab.envs.soc_dag.sim import Simulator
 from schedlab.envs.soc_dag.spec import PeKind, Soc, SocDagSpec, uniform_soc
-from schedlab.envs.soc_dag.training import Group, MoeCosts, holmes, pipeline
+from schedlab.envs.soc_dag.training import Group, MoeCosts, holmes, pipeline, sequence_batch
 from schedlab.envs.soc_dag.workload import Dag, Workload, shortest_us
 
 # ------------------------------------------------------------------------------------- the reference, in plain Python
@@ -349,3 +349,19 @@ def test_the_gradient_all_reduce_hides_in_idle_time():
     alone = choose_chunks(costs)[1].makespan_us
     hidden = choose_chunks(costs, all_reduce_parts=3)[1].makespan_us
     assert hidden - alone < 0.5 * 66  # three parts of 22 us each, mostly behind the experts
+
+
+def test_sequences_by_linear_programme():
+    """Three of 4 us on two equal PEs: 6 each in halves, and 8 when the one in two parts has gone to one of them."""
+    soc = Soc("two", (PeKind("gpu", 2),))
+    dag = Dag.from_arrays("three", [[4.0], [4.0], [4.0], [1.0]], [(0, 3), (1, 3), (2, 3)])
+    plan, bound = assign_by_lp(dag, soc)
+    assert (plan.makespan_us, bound) == (9.0, pytest.approx(7.0))
+    for seed in range(6):
+        soc, dag = sequence_batch(24, seed=seed)
+        plan, bound = assign_by_lp(dag, soc)
+        shortest = min(scheduler(Graph.of(dag, soc)).makespan_us for scheduler in STATIC.values())
+        assert bound <= min(shortest, plan.makespan_us) + 1e-6
+        assert max(shortest, plan.makespan_us) < 1.2 * bound
+    with pytest.raises(InputError, match="other precedences"):
+        assign_by_lp(tiled("cholesky", 2), cpu_gpu_soc())

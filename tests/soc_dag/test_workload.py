@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from soc_problems import SMALL_SOC, random_workload
 
 from schedlab.envs.core.errors import InputError
-from schedlab.envs.soc_dag.catalog import find_stream
+from schedlab.envs.soc_dag.catalog import find_stream, workflow_graphs
 from schedlab.envs.soc_dag.generate import (
     READYS_CPU_GPU,
     cpu_gpu_soc,
@@ -396,6 +396,8 @@ def test_jobs_by_name(tmp_path):
         "lu_3",
         "qr_3",
         "pipeline_2x3",
+        "holmes_3",
+        "moe_2",
         "sequences_9",
         "tools_2",
         "topcuoglu",
@@ -411,6 +413,16 @@ def test_jobs_by_name(tmp_path):
             find_stream(name)
     with pytest.raises(InputError, match=r"absent\.stg: cannot be read"):
         find_stream("absent.stg")
+
+
+@needs_data
+def test_workflows_are_single_graphs_on_unlike_pes():
+    """Each workflow as often as asked for, with other times each time, on one machine."""
+    graphs = workflow_graphs(2, num_pes=3)
+    assert [dag.num_tasks for _, dag in graphs] == [52, 52, 10, 10, 22, 22]
+    assert all(dag.times.shape[1] == soc.num_pes == 3 for soc, dag in graphs)
+    assert not np.array_equal(graphs[0][1].times, graphs[1][1].times)
+    np.testing.assert_array_equal(graphs[0][1].volumes, graphs[1][1].volumes)
 
 
 def test_absent_data_is_named(monkeypatch, tmp_path):
