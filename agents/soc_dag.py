@@ -8,6 +8,7 @@ schedules as a plan. `sample_best` serves self-labelling, too (`soc_dag_train.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,16 @@ from ..envs.core.errors import InputError
 from ..envs.core.kernel import njit, njit_borrowed
 from ..envs.soc_dag.env import loss_of
 from ..envs.soc_dag.sim import Sim, Simulator, run_decision, start
-from ..envs.soc_dag.spec import SocDagSpec
-from ..envs.soc_dag.state import Decision, State, bind_first, empty_decision, reset_decision
+from ..envs.soc_dag.spec import Soc, SocDagSpec
+from ..envs.soc_dag.state import (
+    BOUND,
+    Decision,
+    State,
+    bind_first,
+    empty_decision,
+    is_legal,
+    reset_decision,
+)
 from ..envs.soc_dag.table import (
     FEATURE_VERSION,
     NUM_CANDIDATE,
@@ -235,6 +244,25 @@ def log_rule(
         run_decision(sim, decision)
 
 
+@njit(cache=True)
+def run_plan(sim: Sim, pe: np.ndarray, before: np.ndarray, decision: Decision) -> None:
+    """Run one job to its end, every task on its PE as soon as it is ready and the one before it there has been bound.
+
+    pe int64 (n,); before int64 (n,): see `before_on_pe`.
+    """
+    state = sim.state
+    bind = decision.bind[0]
+    while not sim.books[0].done:
+        reset_decision(decision)
+        for i in range(state.engine[0].num_ready):
+            task = state.ready[i]
+            is_next = before[task] < 0 or state.tasks[before[task]].status >= BOUND
+            if is_next and is_legal(state, task, pe[task], -1):
+                bind.task, bind.pe = task, pe[task]
+                break
+        run_decision(sim, decision)
+
+
 # ----------------------------------------------------------------------------------------------------- policies
 
 
@@ -288,9 +316,12 @@ class PointerScheduling:
 class SampledPlans:
     """The best of many schedules that the policy draws on a simulator without noise, before the job begins.
 
+    Half of them are drawn backwards: of the graph with its edges turned round, and read from its end, as in
+    bidirectional planning (Li and Willis, EJOR 1992). What is decided last, and with least choice, is then its begin.
+
     Args:
         policy: what draws them.
-        samples: how many, the greedy one included.
+        samples: how many, forwards and backwards together; the greedy ones included.
         temperature: of the draws.
         seed: of the draws.
     """
@@ -303,13 +334,51 @@ class SampledPlans:
 
         Data move as soon as they are made, as they do for a plan, all of whose tasks are bound when the job arrives.
         """
-        plain = SocDagSpec(spec.soc, transfers="push", objective="makespan")
-        simulator = Simulator(plain)
-        simulator.reset(Workload.from_arrays(dag.name, spec.soc.kind_names, [dag]))
+        backwards = self.samples // 2
+        simulator = self._best_of(spec.soc, dag, self.samples - backwards)
+        if backwards:
+            drawn = self._best_of(turned_soc(spec.soc), turned(dag), backwards).timeline()
+            pe = drawn.pe[::-1].copy()
+            other = alone_on(spec.soc, dag)
+            run_plan(other.sim, pe, before_on_pe(pe, -drawn.finish[::-1], -drawn.start[::-1]), empty_decision())
+            if other.sim.state.engine[0]["now"] < simulator.sim.state.engine[0]["now"]:
+                return other
+        return simulator
+
+    def _best_of(self, soc: Soc, dag: Dag, samples: int) -> Simulator:
+        """The simulator at the end of the best of samples."""
+        simulator = alone_on(soc, dag)
         desk, log = self.policy.desk_for(simulator.sim.state), empty_log(0, self.policy.num_candidates)
         arguments = (simulator.sim, self.policy.weights, desk, log, empty_decision())
-        sample_best(*arguments, self.samples, self.temperature, self.seed, np.zeros(self.samples))
+        sample_best(*arguments, samples, self.temperature, self.seed, np.zeros(samples))
         return simulator
+
+
+def alone_on(soc: Soc, dag: Dag) -> Simulator:
+    """A simulator with one job of this graph, whose data move as soon as they are made."""
+    simulator = Simulator(SocDagSpec(soc, transfers="push", objective="makespan"))
+    simulator.reset(Workload.from_arrays(dag.name, soc.kind_names, [dag]))
+    return simulator
+
+
+def turned(dag: Dag) -> Dag:
+    """The graph with its edges turned round and its tasks in the opposite order."""
+    last = dag.num_tasks - 1
+    return Dag.from_arrays(dag.name, dag.times[::-1], last - dag.edges[:, ::-1], dag.volumes)
+
+
+def turned_soc(soc: Soc) -> Soc:
+    """The SoC whose links go the other way."""
+    bandwidth, latency_us = (tuple(zip(*links, strict=True)) for links in (soc.bandwidth, soc.latency_us))
+    return replace(soc, bandwidth=bandwidth, latency_us=latency_us)
+
+
+def before_on_pe(pe: np.ndarray, start: np.ndarray, finish: np.ndarray) -> np.ndarray:
+    """int64 (n,): the task before each on its PE, -1: none; tasks without length come before those they begin with."""
+    before, last = np.full(len(pe), -1), np.full(int(pe.max()) + 1, -1)
+    for task in np.lexsort((np.arange(len(pe)), finish, start)):
+        before[task], last[pe[task]] = last[pe[task]], task
+    return before
 
 
 def load_pointer(folder: str | PathLike[str] = SHIPPED, name: str | None = None) -> PointerScheduling:

@@ -7,7 +7,8 @@ or a hindsight reference, the agent, and the share of the gap that it closes.
   python -m schedlab.experiments.soc_dag_headroom ds3        # DS3's mix at every gap and noise: every metric
 
 Seeds are paired: every policy has the same jobs, arrivals and noise. Intervals are 95% bootstrap intervals over seeds
-(single graphs: over graphs). What is measured is kept in `--out`, so that a run that was stopped goes on.
+(single graphs: over graphs). What is measured is kept in `--out`, so that a run that was stopped goes on; what depends
+on the agent, in a folder there that is named by its weights, so that a new agent does not cost the rules again.
 
 Single graphs: the reference is CP-SAT's schedule within `--seconds` on one core, begun from the best schedule known,
 the agent's among them; so a gap is at least as large as said where the optimum is not proven. With noise: the same with
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.sim import Simulator, duration_us
 from ..envs.soc_dag.spec import NOISES, Soc, SocDagSpec, uniform_soc
 from ..envs.soc_dag.workload import Dag, Workload, noise_draws
+from .domain import weights_digest
 from .soc_dag_presets import single, single_spec
 from .soc_dag_search import StreamCell, rule_loss, search_linear
 
@@ -87,16 +89,18 @@ def measure_single(agent: PointerScheduling, soc: Soc, dag: Dag, seconds: float,
     return {"tasks": dag.num_tasks, "makespan": makespans, "cp_sat": found.plan.makespan_us, "bound": found.bound_us}
 
 
-def single_table(out: Path, agent: PointerScheduling, seconds: float, samples: int, quick: bool) -> str:
+def single_table(agent: PointerScheduling, args: Config) -> str:
     """Mean gap to CP-SAT of every scheduler, and the share of the best rule's gap that the agent closes."""
-    names = [*STATIC, "agent", f"agent_{samples}"]
-    lines = [row("graphs", "n", *names, "CP-SAT over its bound", "best rule", "share, greedy", f"share, {samples}")]
+    names = [*STATIC, "agent", f"agent_{args.samples}"]
+    lines = [
+        row("graphs", "n", *names, "CP-SAT over its bound", "best rule", "share, greedy", f"share, {args.samples}")
+    ]
     lines.append(rule_line(len(names) + 6))
-    for cell, graphs in single_graphs(quick).items():
+    for cell, graphs in single_graphs(args.quick).items():
         rows = [
             kept(
-                out / f"single {cell} {i}.json",
-                lambda soc=soc, dag=dag: measure_single(agent, soc, dag, seconds, samples),  # type: ignore[misc]
+                args.own / f"single {cell} {i}.json",
+                lambda soc=soc, dag=dag: measure_single(agent, soc, dag, args.seconds, args.samples),  # type: ignore[misc]
             )
             for i, (soc, dag) in enumerate(graphs)
         ]
@@ -159,13 +163,13 @@ def measure_noise(agent: PointerScheduling, soc: Soc, dag: Dag, sigma: float, ar
     }
 
 
-def noise_table(out: Path, agent: PointerScheduling, args: Config) -> str:
+def noise_table(agent: PointerScheduling, args: Config) -> str:
     """Mean makespans; the gap is to hindsight over the seeds for which it was worked out."""
     names = ["heft", "peft", "eft", "min_min", "late_rank", "agent"]
     lines = [row("graph", *names, "agent / best rule", "hindsight / best rule", "share"), rule_line(len(names) + 4)]
     for cell, (soc, dag, sigma) in noisy_runs(args.quick).items():
         got = kept(
-            out / f"noise {cell}.json",
+            args.own / f"noise {cell}.json",
             lambda soc=soc, dag=dag, sigma=sigma: measure_noise(agent, soc, dag, sigma, args),  # type: ignore[misc]
         )
         ends = {name: np.array(values) for name, values in got["makespan"].items()}
@@ -198,7 +202,7 @@ def stream_cells(quick: bool) -> list[StreamCell]:
     return cells[:1] + cells[-1:] if quick else cells
 
 
-def agent_loss(spec: SocDagSpec, agent: PointerScheduling, workloads: Sequence[Workload]) -> list[float]:
+def agent_loss(agent: PointerScheduling, spec: SocDagSpec, workloads: Sequence[Workload]) -> list[float]:
     """As `rule_loss`, of the agent, with the seeds 0, 1, ..."""
     from ..envs.soc_dag.env import loss_of
 
@@ -210,29 +214,38 @@ def agent_loss(spec: SocDagSpec, agent: PointerScheduling, workloads: Sequence[W
     return losses
 
 
-def measure_stream(agent: PointerScheduling, cell: StreamCell, args: Config) -> dict[str, Any]:
-    """Losses per job of every rule and the agent on each seed, and of the rule found in hindsight for each."""
+def stream_runs(cell: StreamCell, args: Config) -> tuple[SocDagSpec, list[Workload]]:
+    """The setting of a cell and its jobs on each seed."""
     soc, stream = cell.stream(40 if args.quick else 500 if cell.jobs == "ds3" else 100)
-    spec, seeds = cell.spec(soc), range(2 if args.quick else args.seeds)
-    workloads = [stream.draw(np.random.default_rng(seed)) for seed in seeds]
+    seeds = range(2 if args.quick else args.seeds)
+    return cell.spec(soc), [stream.draw(np.random.default_rng(seed)) for seed in seeds]
+
+
+def measure_stream(cell: StreamCell, args: Config) -> dict[str, Any]:
+    """Losses per job of every rule on each seed, and of the rule found in hindsight for each."""
+    spec, workloads = stream_runs(cell, args)
+    seeds = range(len(workloads))
     losses = {name: rule_loss(spec, RULES[name], workloads, seeds) for name in ONLINE}
-    losses["agent"] = agent_loss(spec, agent, workloads)
     weights, _ = search_linear(spec, workloads, list(seeds), generations=2 if args.quick else 8)
     found = rule_loss(spec, linear_rule(weights), workloads, seeds)
     return {"loss": losses, "hindsight": found, "weights": weights.tolist()}
 
 
-def stream_table(out: Path, agent: PointerScheduling, args: Config) -> str:
+def stream_table(agent: PointerScheduling, args: Config) -> str:
     """Per cell the best rule, the rule found in hindsight, the agent. Losses are those of the env's reward, per job."""
     lines = [row("jobs", "best rule", "its loss", "hindsight", "gap", "agent", "against the rule", "share")]
     lines.append(rule_line(8))
     for cell in stream_cells(args.quick):
-        got = kept(out / f"stream {cell.name}.json", lambda cell=cell: measure_stream(agent, cell, args))  # type: ignore[misc]
-        losses = {name: np.array(values) for name, values in got["loss"].items()}
+        name = f"stream {cell.name}.json"
+        got = kept(args.out / name, lambda cell=cell: measure_stream(cell, args))  # type: ignore[misc]
+        mine = np.array(
+            kept(args.own / name, lambda cell=cell: {"loss": agent_loss(agent, *stream_runs(cell, args))})["loss"]  # type: ignore[misc]
+        )
+        losses, known = {name: np.array(values) for name, values in got["loss"].items()}, np.array(got["hindsight"])
         best = min(ONLINE, key=lambda name: float(losses[name].mean()))
-        known, mine = np.array(got["hindsight"]), losses["agent"]
-        gap = (losses[best].mean() - known.mean()) / losses[best].mean()
-        low, high = bootstrap_ci((mine - losses[best]) / losses[best].mean())
+        bar = float(losses[best].mean()) or 1.0  # nobody is late in a short run
+        gap = (losses[best].mean() - known.mean()) / bar
+        low, high = bootstrap_ci((mine - losses[best]) / bar)
         lines.append(
             row(
                 cell.name,
@@ -241,7 +254,7 @@ def stream_table(out: Path, agent: PointerScheduling, args: Config) -> str:
                 f"{known.mean():.4g}",
                 f"{100 * gap:.1f}%",
                 interval(mine, "{:.4g}"),
-                f"{100 * (mine.mean() / losses[best].mean() - 1):+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{100 * (mine - losses[best]).mean() / bar:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]",
                 share(losses[best], mine, known),
             )
         )
@@ -251,11 +264,10 @@ def stream_table(out: Path, agent: PointerScheduling, args: Config) -> str:
 # ------------------------------------------------------------------------------------------------------ DS3's mix
 
 
-def measure_mix(agent: PointerScheduling, gap_us: float, sigma: float, args: Config) -> dict[str, Any]:
-    """Metrics of every policy on each seed; who is late by three times the shortest latency is told to nobody."""
-    cell = StreamCell("ds3", "latency", gap_us, sigma)
+def measure_mix(cell: StreamCell, policies: Sequence[str], agent: PointerScheduling, args: Config) -> dict[str, Any]:
+    """Metrics of policies on each seed; who is late by three times the shortest latency is told to nobody."""
     soc, stream = cell.stream(60 if args.quick else args.jobs)
-    spec, found = cell.spec(soc), {name: [] for name in (*OF_MIX, "heft", "agent")}  # type: ignore[var-annotated]
+    spec, found = cell.spec(soc), {name: [] for name in policies}  # type: ignore[var-annotated]
     places = placement_rule("heft", [STATIC["heft"](Graph.of(dag, soc)) for dag in stream.dags])
     for seed in range(2 if args.quick else args.seeds):
         workload = stream.draw(np.random.default_rng(seed))
@@ -269,19 +281,25 @@ def measure_mix(agent: PointerScheduling, gap_us: float, sigma: float, args: Con
     return found
 
 
-def mix_table(out: Path, agent: PointerScheduling, args: Config) -> str:
+def mix_table(agent: PointerScheduling, args: Config) -> str:
     """Every metric of every policy at every gap and noise."""
     columns = ("mean_latency", "p95_latency", "mean_slowdown", "energy", "deadline_misses")
     lines = [row("gap", "noise", "policy", *columns), rule_line(len(columns) + 3)]
     for gap_us in (200.0, 50.0) if args.quick else (200.0, 100.0, 60.0, 50.0, 40.0):
         for sigma in (0.2,) if args.quick else (0.0, 0.2, 0.5):
-            got = kept(
-                out / f"mix {gap_us:g} {sigma:g}.json",
-                lambda gap_us=gap_us, sigma=sigma: measure_mix(agent, gap_us, sigma, args),  # type: ignore[misc]
-            )
-            for name, runs in got.items():
+            cell = StreamCell("ds3", "latency", gap_us, sigma, transfers=args.transfers)
+            name = f"mix {gap_us:g} {sigma:g}{', pushed' if args.transfers == 'push' else ''}.json"
+            got = {
+                policy: runs
+                for folder, policies in ((args.out, (*OF_MIX, "heft")), (args.own, ("agent",)))
+                for policy, runs in kept(
+                    folder / name,
+                    lambda cell=cell, policies=policies: measure_mix(cell, policies, agent, args),  # type: ignore[misc]
+                ).items()
+            }
+            for policy, runs in got.items():
                 values = [interval(np.array([one[column] for one in runs]), "{:.4g}") for column in columns]
-                lines.append(row(f"{gap_us:g}", f"{sigma:g}", name, *values))
+                lines.append(row(f"{gap_us:g}", f"{sigma:g}", policy, *values))
     return "\n".join(lines)
 
 
@@ -352,27 +370,24 @@ class Config:
     """Runs of a stream."""
     jobs: int = 2000
     """Jobs in a run of DS3's mix."""
+    transfers: Literal["pull", "push"] = "pull"
+    """When data move in DS3's mix: as their consumer is bound, or as soon as they are made."""
     quick: bool = False
     """A few seconds a table: to see that it works."""
 
+    @property
+    def own(self) -> Path:
+        """Folder of what depends on the agent."""
+        return self.out / f"agent-{weights_digest(self.agent)}"
 
-def table(args: Config) -> Iterator[str]:
-    """The table asked for."""
-    agent = load_pointer(args.agent, "agent")
-    if args.table == "single":
-        yield single_table(args.out, agent, args.seconds, args.samples, args.quick)
-    elif args.table == "noise":
-        yield noise_table(args.out, agent, args)
-    elif args.table == "streams":
-        yield stream_table(args.out, agent, args)
-    else:
-        yield mix_table(args.out, agent, args)
+
+TABLES = {"single": single_table, "noise": noise_table, "streams": stream_table, "ds3": mix_table}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    for text in table(tyro.cli(Config, args=argv, description=__doc__)):
-        print(text)
+    args = tyro.cli(Config, args=argv, description=__doc__)
+    print(TABLES[args.table](load_pointer(args.agent, "agent"), args))
     return 0
 
 

@@ -43,12 +43,15 @@ class StreamCell:
     noise_sigma: float = 0.2
     slack: float = math.inf
     """Deadlines, as multiples of a graph's shortest possible latency."""
+    transfers: str = "pull"
+    """When data move: as their consumer is bound, as in DS3, or as soon as they are made ("push")."""
 
     @property
     def name(self) -> str:
         """What tables call it."""
         slack = f", slack {self.slack:g}" if self.slack < math.inf else ""
-        return f"{self.jobs}, {self.objective}, gap {self.gap_us:g}, noise {self.noise_sigma:g}{slack}"
+        pushed = ", pushed" if self.transfers == "push" else ""
+        return f"{self.jobs}, {self.objective}, gap {self.gap_us:g}, noise {self.noise_sigma:g}{slack}{pushed}"
 
     def stream(self, num_jobs: int, gap_us: float | None = None) -> tuple[Soc, Stream]:
         """The SoC and the source of jobs, with another gap if given."""
@@ -56,9 +59,11 @@ class StreamCell:
         return soc, replace(stream, gap_us=self.gap_us if gap_us is None else gap_us, num_jobs=num_jobs)
 
     def spec(self, soc: Soc) -> SocDagSpec:
-        """Data are pulled, as in DS3; noise is normal for its jobs, else lognormal."""
+        """Noise is normal for DS3's jobs, else lognormal."""
         noise = "none" if self.noise_sigma == 0 else "normal" if self.jobs == "ds3" else "lognormal"
-        return SocDagSpec(soc, noise=noise, noise_sigma=self.noise_sigma, objective=self.objective)
+        return SocDagSpec(
+            soc, transfers=self.transfers, noise=noise, noise_sigma=self.noise_sigma, objective=self.objective
+        )
 
 
 @cache

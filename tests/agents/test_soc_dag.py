@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,16 @@ from schedlab.agents.soc_dag import (
     ENV_ID,
     PointerScheduling,
     SampledPlans,
+    alone_on,
+    before_on_pe,
     empty_desk,
     empty_log,
     load_pointer,
     log_rule,
+    run_plan,
     sample_best,
+    turned,
+    turned_soc,
 )
 from schedlab.agents.soc_dag_train import BestOfSamples, Instance, label
 from schedlab.baselines.soc_dag import RULES
@@ -28,7 +35,7 @@ from schedlab.envs.soc_dag.env import SocDagVectorEnv
 from schedlab.envs.soc_dag.generate import random_layered, random_stream
 from schedlab.envs.soc_dag.library import Graph
 from schedlab.envs.soc_dag.sim import Simulator, start
-from schedlab.envs.soc_dag.spec import SocDagSpec, uniform_soc
+from schedlab.envs.soc_dag.spec import Soc, SocDagSpec, uniform_soc
 from schedlab.envs.soc_dag.state import empty_decision
 from schedlab.envs.soc_dag.table import FEATURE_VERSION, NUM_CANDIDATE, NUM_CONTEXT
 from schedlab.envs.soc_dag.workload import Workload
@@ -119,6 +126,30 @@ def test_the_best_of_samples_is_a_plan(agent):
         ends.append(float(timeline.job_finish[0]))
     assert ends[0] >= ends[1] >= ends[2]
     assert ends[2] < ends[0]
+
+
+def test_a_schedule_of_the_turned_graph_read_from_its_end_is_a_plan(agent):
+    """On links that differ by direction: no longer forwards than backwards, and possible by the checker."""
+    links = ((0.5, 2.0, 1.0, 4.0), (1.0, 1.0, 3.0, 0.7), (2.0, 0.6, 1.0, 1.0), (1.0, 5.0, 2.0, 0.8))
+    soc = replace(uniform_soc(4), bandwidth=links)
+    assert turned_soc(soc).bandwidth[0][1] == soc.bandwidth[1][0]
+    for seed in range(4):
+        dag = random_layered(14, 4, seed=seed)
+        again = turned(turned(dag))
+        for name in ("times", "edges", "volumes"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(dag, name))
+        drawn = SampledPlans(agent, 1).best(single_on(turned_soc(soc)), turned(dag)).timeline()
+        forwards, pe = alone_on(soc, dag), drawn.pe[::-1].copy()
+        before = before_on_pe(pe, -drawn.finish[::-1], -drawn.start[::-1])
+        run_plan(forwards.sim, pe, before, empty_decision())
+        timeline = forwards.timeline()
+        assert timeline.finish.max() <= drawn.finish.max() + 1e-9
+        np.testing.assert_array_equal(timeline.pe, pe)
+        assert check_schedule(timeline, Workload.from_arrays("one", soc.kind_names, [dag]), single_on(soc)) == []
+
+
+def single_on(soc: Soc) -> SocDagSpec:
+    return SocDagSpec(soc, transfers="push", objective="makespan")
 
 
 @pytest.mark.parametrize("name", ["late_srpt", "late_rank"])
