@@ -18,6 +18,7 @@ is judged on: it can be reached, and is no proven optimum.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -33,7 +34,9 @@ from ..agents.soc_dag import SHIPPED, PointerScheduling, SampledPlans, load_poin
 from ..baselines.soc_dag import RULES
 from ..baselines.soc_linear import linear_rule
 from ..baselines.soc_static import STATIC, Plan, placement_rule, plan_rule
+from ..envs.core.errors import InputError
 from ..envs.core.results import atomic_path, bootstrap_ci
+from ..envs.soc_dag.catalog import workflow_graphs
 from ..envs.soc_dag.generate import cpu_gpu_soc, random_layered, tiled
 from ..envs.soc_dag.library import Graph
 from ..envs.soc_dag.metrics import compute_metrics
@@ -57,7 +60,7 @@ CLOSED = 0.02
 
 
 def single_graphs(quick: bool) -> dict[str, list[tuple[Soc, Dag]]]:
-    """The graphs of every cell."""
+    """The graphs of every cell; workflows where the data folder has them."""
     count, four = (4 if quick else 20), uniform_soc(4)
     cells: dict[str, list[tuple[Soc, Dag]]] = {}
     for name, ccr in (("random 20-50 x 4", 1.0), ("random, CCR 0.2", 0.2), ("random, CCR 4", 4.0)):
@@ -66,6 +69,8 @@ def single_graphs(quick: bool) -> dict[str, list[tuple[Soc, Dag]]]:
         cells[name] = [(four, random_layered(int(rng.integers(20, 51)), 4, ccr=ccr, seed=rng)) for _ in range(number)]
     for name in ("cholesky", "lu", "qr"):
         cells[f"{name} T=8"] = [(cpu_gpu_soc(), tiled(name, 8))]
+    with contextlib.suppress(InputError):
+        cells["workflows (WfCommons)"] = workflow_graphs(1 if quick else 3)
     return cells
 
 
