@@ -1,43 +1,36 @@
 """Arguments in a block of memory are the arguments."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from schedlab.envs.core.blocks import BoundCall, block_of, load
 from schedlab.envs.core.kernel import UNCOUNTED, njit
 
 
-class Pair(NamedTuple):
-    numbers: np.ndarray  # (N,) float64
-    table: np.ndarray  # (N, M) int64
-
-
 @njit(cache=True, **UNCOUNTED)
 def _weigh(address, kind):
-    pair, factor, out = load(address, kind)
+    (numbers, table), factor, out = load(address, kind)
     out[0] = 0.0
-    for i in range(pair.table.shape[0]):
-        for j in range(pair.table.shape[1]):
-            out[0] += factor * pair.numbers[i] * pair.table[i, j]
-    return pair.table.shape[1]
+    for i in range(table.shape[0]):
+        for j in range(table.shape[1]):
+            out[0] += factor * numbers[i] * table[i, j]
+    return table.shape[1]
 
 
 def test_a_bound_call_sees_what_its_arrays_hold_now():
-    pair, out = Pair(np.arange(3.0), np.arange(12).reshape(3, 4)), np.zeros(1)
-    call = BoundCall(_weigh, (pair, 0.5, out))
-    assert call() == 4 and out[0] == 0.5 * (pair.numbers @ pair.table.sum(1))
-    pair.numbers[:] = [4.0, 0.0, 1.0]
-    pair.table[2] = 7
-    assert call() == 4 and out[0] == 0.5 * (pair.numbers @ pair.table.sum(1))
+    numbers, table, out = np.arange(3.0), np.arange(12).reshape(3, 4), np.zeros(1)
+    call = BoundCall(_weigh, ((numbers, table), 0.5, out))
+    assert call() == 4 and out[0] == 0.5 * (numbers @ table.sum(1))
+    numbers[:] = [4.0, 0.0, 1.0]
+    table[2] = 7
+    assert call() == 4 and out[0] == 0.5 * (numbers @ table.sum(1))
 
 
 def test_other_arguments_are_another_block():
     """Of other sizes, or of other types: each call keeps its own."""
     calls, expected = [], []
     for rows, dtype in ((1, np.int64), (5, np.int64), (2, np.int32)):
-        pair, out = Pair(np.ones(rows), np.full((rows, rows), 2, dtype)), np.zeros(1)
-        calls.append(BoundCall(_weigh, (pair, 1.0, out)))
+        table, out = np.full((rows, rows), 2, dtype), np.zeros(1)
+        calls.append(BoundCall(_weigh, ((np.ones(rows), table), 1.0, out)))
         expected.append(2.0 * rows * rows)
     assert [call() for call in calls] == [1, 5, 2]
     assert [call.arguments[-1][0] for call in calls] == expected

@@ -7,12 +7,15 @@ import copy
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from miniatures import ONE_SECOND, assert_same_run, serve, tiny_spec, tiny_workload
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import schedlab.envs  # noqa: F401
-from schedlab.agents.request_scheduling import TablePolicy
+from schedlab.agents.compiled import pack_weights
+from schedlab.agents.networks import PointerNetwork
+from schedlab.agents.request_scheduling import CompiledPolicy, TablePolicy
 from schedlab.baselines.request_scheduling import RULES
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.core.sb3 import SB3VecEnv
@@ -25,6 +28,8 @@ from schedlab.envs.request_scheduling.state import MEMORY, WAITING, State, empty
 from schedlab.envs.request_scheduling.table import (
     CANDIDATE_FEATURES,
     CONTEXT_FEATURES,
+    NUM_CANDIDATE,
+    NUM_CONTEXT,
     OVERDUE_EVERY,
     Problem,
     Table,
@@ -365,6 +370,32 @@ def test_following_a_rule_with_memory_starts_every_episode_afresh():
             picked = []
     assert episodes[0] == episodes[1] == episodes[2]
     assert [r for r in episodes[0] if r in (0, 3)][:2] == [0, 3]  # one of each client
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_policy_is_the_network(case):
+    """Stepped from Python, compiled over the whole run, and through torch's network: the same choices."""
+    task = CASES[case]()
+    torch.manual_seed(0)
+    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16)
+    torch.nn.init.orthogonal_(network.head.query.weight, 3.0)
+    weights, served = pack_weights(network, task.spec.num_candidates), []
+
+    def act(obs: dict[str, np.ndarray]) -> int:
+        with torch.no_grad():
+            batch = (torch.as_tensor(obs[name][None]) for name in ("context", "candidates", "action_mask"))
+            return int(network(*batch)[0].argmax())
+
+    compiled = CompiledPolicy("compiled", weights, task.spec)
+    for policy in (compiled, TablePolicy("torch", act, task.spec), None, compiled):
+        simulator = Simulator(task.spec)
+        simulator.reset(task.workload)
+        if policy is None:
+            compiled.run(simulator)
+        else:
+            serve(simulator, policy)
+        served.append(simulator.sim.state.requests.tobytes())
+    assert len(set(served)) == 1
 
 
 @pytest.mark.parametrize("case", CASES)
