@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -54,3 +55,26 @@ def test_all_kernels_are_in_that_cache():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.home())
     assert run.stdout.strip() == "SourcesLocator"
+
+
+def test_a_class_of_a_signature_may_be_renamed(tmp_path):
+    """As an upgrade of the package does: the index that names the old class is not even read; its folder goes."""
+    code = (
+        "import sys; from pathlib import Path; import schedlab.envs.core.compile_cache as cache\n"
+        "import schedlab.envs.core.cache_locator as locator; cache.ROOT = locator.ROOT = Path(sys.argv[1])\n"
+        "sys.path.insert(0, sys.argv[1]); import kernels; print(kernels.total(kernels.new()))"
+    )
+    source = (
+        "from typing import NamedTuple\nfrom schedlab.envs.core.kernel import njit\n"
+        "class NAME(NamedTuple):\n    number: int\n"
+        "@njit(cache=True)\ndef total(pair):\n    return pair.number\n"
+        "def new():\n    return NAME(3)\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for name in ("First", "Second", "Second"):
+        (tmp_path / "kernels.py").write_text(source.replace("NAME", name))
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.home(), env=environment)
+        assert run.stdout.strip() == "3"
+        folders = [path for path in (tmp_path / "cache").rglob("kernels-*") if path.is_dir()]
+        assert len(folders) == 1 and len(list(folders[0].glob("*.nbi"))) == 1
