@@ -7,6 +7,8 @@ own stream, and an expert is kept by the chance that any row needs it.
 `keep` for the experts of the present layer, `predicted` for those of the layer above. A rule over the state decides
 by these two columns (`expert_caching_rule`), or a pointer network that sees them among the columns of the action table
 (`expert_caching_pointer`).
+
+Decisions are made without the interpreter's lock: on a real engine the thread that reads what is missing needs it.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def score_rows(state: State, weights: Weights, memory: Memory, above: bool) -> N
                 unused[e] /= np.float32(1.0) + np.exp(memory.above[e])
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def decide_learned(state: State, weights: Weights, memory: Memory, decision: Decision) -> None:
     """Evict the candidate that is least likely to be needed soon by any row. Called in every epoch, in order."""
     engine, slots = state.engine[0], state.slots
@@ -164,7 +166,7 @@ class LearnedEviction:
 # ------------------------------------------------------------------------------------------- prefetch and bypass
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def decide_advised(state: State, weights: Weights, memory: Memory, decision: Decision) -> None:
     """`advise`, then `by_advice`. Called in every epoch, in order."""
     advise(state, weights, memory)

@@ -61,7 +61,7 @@ class Desk(NamedTuple):
     logits: np.ndarray  # (K,) float32
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def decide_pointer(state: State, brain: Brain, desk: Desk, decision: Decision) -> None:
     """`advise`, then one row of the action table after the other, as in the env. Called in every epoch, in order."""
     table, wanted = desk.table, desk.wanted

@@ -25,7 +25,7 @@ from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from ..envs.expert_caching.timeline import Timeline
 from ..envs.expert_caching.workload import Workload, interleave
 from .calibrate import fit_cost
-from .experts import ExpertEngine, OffloadedModel, unmeasured_cost
+from .experts import CHUNK_BYTES, ExpertEngine, OffloadedModel, unmeasured_cost
 from .experts_model import expert_output
 from .experts_store import PAGE
 from .machine import describe, versions
@@ -45,7 +45,8 @@ class Epochs(NamedTuple):
     gate_s: np.ndarray  # from the end of a layer to the answer of the next gate
     is_step: np.ndarray  # 1 if a step ended between
     next_tokens: np.ndarray  # tokens at that gate
-    compute_s: np.ndarray  # from there to the end of the next layer, without decision and stall: the experts
+    decision_s: np.ndarray  # the next decision
+    compute_s: np.ndarray  # from there to the end of the next layer, without stall: the experts
     used: np.ndarray  # needed experts
     uses: np.ndarray  # (token, expert) pairs
     misses: np.ndarray  # needed experts that were loaded on demand
@@ -82,10 +83,10 @@ def serve(backend: Backend, policy: Policy | None = None) -> float:
 def with_decisions(cost: CostModel, decision_s: float) -> CostModel:
     """The cost model of a policy whose decision takes `decision_s` on average.
 
-    A decision stands between the gate's answer and the loads, attention before that answer: the channel reads
-    prefetches during both, and nothing is computed after either. So they are one time in the model.
+    What is missing is being loaded meanwhile: where something is, a decision delays nothing but what it takes longer
+    than the first load.
     """
-    return replace(cost, attention_s=cost.attention_s + decision_s)
+    return replace(cost, decision_s=decision_s)
 
 
 class ExpertCalibration:
@@ -119,7 +120,7 @@ class ExpertCalibration:
         tokens: int = 200,
         num_sequences: Sequence[int] = (1,),
         cache_shares: Sequence[float] = CACHE_SHARES,
-        chunk_bytes: int = 1 << 20,
+        chunk_bytes: int = CHUNK_BYTES,
         seed: int = 0,
     ) -> None:
         tokens = min(tokens, workload.num_tokens)
@@ -241,6 +242,7 @@ def epochs_of(timeline: Timeline, top_k: int, decision_s: np.ndarray | float = 0
         np.append(timeline.start_s[1:] - timeline.end_s[:-1], np.nan),
         (np.arange(len(tokens)) + 1) % timeline.num_layers == 0,
         np.append(tokens[1:], 0),
+        np.broadcast_to(decision_s, len(tokens)),
         timeline.end_s - timeline.start_s - timeline.stall_s - decision_s,
         timeline.used,
         tokens * top_k,
@@ -312,10 +314,10 @@ def modelled_stall(epochs: Epochs, cost: CostModel, load_s: float) -> np.ndarray
     Each expert of a layer is taken to be used by as many tokens as the layer's mean.
     """
     expert_s = _experts_s(cost, epochs) / epochs.used
-    computed_s = expert_s * (epochs.used - epochs.misses)
+    computed_s = epochs.decision_s + expert_s * (epochs.used - epochs.misses)
     for i in range(1, int(epochs.misses.max(initial=0)) + 1):
         computed_s = np.where(i <= epochs.misses, np.maximum(computed_s, i * load_s) + expert_s, computed_s)
-    return np.maximum(computed_s - expert_s * epochs.used, 0.0)
+    return np.maximum(computed_s - epochs.decision_s - expert_s * epochs.used, 0.0)
 
 
 def fit_load(epochs: Epochs, cost: CostModel) -> float:

@@ -44,6 +44,10 @@ from .experts_store import ExpertFile, ExpertShape, Load, LoadChannel, PinnedPoo
 
 ROUTINGS = ("gate", "trace")
 """Who chooses the experts: the model's own gates, or the workload."""
+CHUNK_BYTES = 3 << 19
+"""Read at once, unless told otherwise. A load on demand overtakes a prefetch at the end of a chunk; but there the
+channel's thread also needs the interpreter, for which it has to wait beside computing: 3.1 MB in three chunks took 4.5
+ms beside attention on two busy cores, in two 3.0, in one 2.8."""
 
 
 class OffloadedModel:
@@ -121,10 +125,8 @@ class ExpertEngine:
         self.model, self.capacity, self.routing, self.keep_logits = model, spec, routing, keep_logits
         self._gated = gated
         num_slots = sum(spec.slots_of(gated.num_layers, gated.num_experts, gated.top_k))
-        # Beside the slots, buffers for experts that bypass them (prefetches in flight may leave no other way), or that
-        # wait for their slot until the layer is computed.
-        num_spare = min(gated.num_experts, gated.top_k * spec.num_sequences) if spec.bypass or spec.max_prefetch else 0
-        num_buffers = num_slots + num_spare
+        # Beside the slots, buffers for what a layer misses: loads on demand begin before it is decided where they stay.
+        num_buffers = num_slots + min(gated.num_experts, gated.top_k * spec.num_sequences)
         self._slots = model.store.open_slots(num_buffers, spec.cost.chunk_bytes)
         self._channel = LoadChannel(self._slots)
         self._buffers = list(range(num_buffers))  # buffer of each slot, then the spare ones
@@ -179,6 +181,7 @@ class ExpertEngine:
         self._initial = np.stack([self.state().slots["layer"], self.state().slots["expert"]], 1).astype(np.int64)
         self.state().engine["now_s"] = 0.0
         self._is_started = False
+        self._paused_at: float | None = None
         self._decision_s = np.zeros(len(self._sim.epochs))
 
     def state(self) -> State:
@@ -199,6 +202,7 @@ class ExpertEngine:
         if not self._is_started:
             self._origin = self._answered = decided
             self._is_started = True
+            self._load_on_demand()
         self._make_room()
         sim = self._books
         engine = sim.state.engine[0]
@@ -215,8 +219,23 @@ class ExpertEngine:
                     self._begin_step(step)
                 self._ask_gate(layer)
         more = self._book(decision, end_s, stall_s)
+        if more:
+            self._load_on_demand()
         self._answered = time.perf_counter()
         return Outcome(float(engine["last_layer_s"]), not more)
+
+    def pause(self) -> None:
+        """Stop the clock and the channel between two steps: something else is to run."""
+        self._channel.hold()
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on after `pause`; to be called before the next decision."""
+        if self._paused_at is not None and self._is_started:
+            away_s = time.perf_counter() - self._paused_at
+            self._origin, self._answered = self._origin + away_s, self._answered + away_s
+        self._paused_at = None
+        self._channel.go_on()
 
     def timeline(self) -> Timeline:
         """The record of the run so far (copies)."""
@@ -298,11 +317,11 @@ class ExpertEngine:
 
     def _compute_experts(self, decision: Decision) -> float:
         """Send off the decision's loads and compute the needed experts. Returns the seconds of waiting for loads."""
-        at_hand, num_urgent, swaps = self._send_loads(decision)
+        at_hand = self._send_prefetches(decision)
         rows = self._rows_by_expert()
         outputs = {expert: self._compute(buffer, *rows[expert]) for expert, buffer in at_hand}
         stall_s, asked = 0.0, time.perf_counter()
-        for load in self._channel.finished(num_urgent):
+        for load in self._channel.finished(self._num_urgent):
             self._slots.weights(load.buffer)
             stall_s += time.perf_counter() - asked
             expert = load.record % self._gated.num_experts
@@ -316,47 +335,46 @@ class ExpertEngine:
             else:
                 total.index_add_(0, rows[expert][0], outputs[expert])
         self._hidden = self._hidden + total
-        for slot, spare in swaps:
-            self._buffers[slot], self._buffers[spare] = self._buffers[spare], self._buffers[slot]
+        victims = decision.victims[: self.state().engine[0]["num_missing"]].tolist()
+        for spare, slot in enumerate(victims, start=self._num_slots):
+            if slot != BYPASS:
+                self._buffers[slot], self._buffers[spare] = self._buffers[spare], self._buffers[slot]
         return stall_s
 
-    def _send_loads(self, decision: Decision) -> tuple[list[tuple[int, int]], int, list[tuple[int, int]]]:
-        """Hand the decision to the channel.
+    def _load_on_demand(self) -> None:
+        """Ask the channel for what the gate found late and missing; the missing go into the spare buffers."""
+        state, width = self.state(), self._gated.num_experts
+        engine = state.engine[0]
+        layer, needed = int(engine["layer"]), state.needed[: engine["num_needed"]].tolist()
+        missing = state.missing[: engine["num_missing"]].tolist()
+        # in the order of the channel's queue, which is that of `_in_flight`
+        self._late = {e: load for (of, e), load in self._in_flight.items() if of == layer and e in needed}
+        spare = self._buffers[self._num_slots :]
+        urgent = [Load(layer * width + e, buffer, True) for e, buffer in zip(missing, spare, strict=False)]
+        self._num_urgent = self._channel.submit(list(self._late.values()), urgent, ())
 
-        Returns (expert, buffer) of the needed experts at hand, how many others will arrive, and the slots that spare
-        buffers are to take once the layer is computed.
+    def _send_prefetches(self, decision: Decision) -> list[tuple[int, int]]:
+        """Hand the decision's cancellations and prefetches to the channel.
+
+        Returns (expert, buffer) of the needed experts at hand: those that nobody has to wait for.
         """
         state, buffers, width = self.state(), self._buffers, self._gated.num_experts
         engine, plan = state.engine[0], decision.plan[0]
-        layer, num_missing = int(engine["layer"]), int(engine["num_missing"])
-        needed = state.needed[: engine["num_needed"]].tolist()
-        missing = state.missing[:num_missing].tolist()
-        late = {e: self._in_flight[layer, e] for e in needed if (layer, e) in self._in_flight}
+        layer, late = int(engine["layer"]), self._late
         if plan["cancel_queued"]:
             status = state.experts["status"]
             queued = [k for k in self._in_flight if status[k] == QUEUED and not (k[0] == layer and k[1] in late)]
             self._channel.drop([self._in_flight.pop(key) for key in queued])
-        spare, swaps, urgent = self._num_slots, [], []
-        for expert, slot in zip(missing, decision.victims[:num_missing].tolist(), strict=True):
-            place = slot
-            if slot == BYPASS or (state.slots[slot]["layer"] == layer and state.slots[slot]["expert"] in needed):
-                place, spare = spare, spare + 1
-                if slot != BYPASS:
-                    swaps.append((slot, place))
-            urgent.append(Load(layer * width + expert, buffers[place], True))
         ahead = []
         for target, expert, slot in decision.prefetch[: plan["num_prefetch"]].tolist():
             load = self._in_flight[target, expert] = Load(target * width + expert, buffers[slot], False)
             ahead.append(load)
-        # in the order of the channel's queue, which is that of `_in_flight`
-        ordered = [load for key, load in self._in_flight.items() if key[0] == layer and key[1] in late]
-        num_urgent = self._channel.submit(ordered, urgent, ahead)
+        self._channel.submit((), (), ahead)
+        missing = state.missing[: engine["num_missing"]].tolist()
         slot_of = state.experts["slot"][layer]
+        needed = state.needed[: engine["num_needed"]].tolist()
         at_hand = [(e, buffers[slot_of[e]]) for e in needed if e not in late and e not in missing]
-        for expert, load in late.items():
-            if not load.is_urgent:
-                at_hand.append((expert, load.buffer))
-        return at_hand, num_urgent, swaps
+        return at_hand + [(e, load.buffer) for e, load in late.items() if not load.is_urgent]
 
     def _rows_by_expert(self) -> dict[int, tuple[Any, Any]]:
         """Of each needed expert: the rows of the batch that use it (None: the only one), and their weights (n, 1)."""
@@ -549,7 +567,7 @@ def unmeasured_cost(model: OffloadedModel) -> CostModel:
         expert_s=1e-4,
         expert_bytes=model.expert_bytes,
         bandwidth=1e9,
-        chunk_bytes=1 << 20,
+        chunk_bytes=CHUNK_BYTES,
         source="a guess: calibrate it with `schedlab calibrate experts`",
     )
 

@@ -360,6 +360,7 @@ class LoadChannel:
         self._ahead: deque[Load] = deque()
         self._done: SimpleQueue[Load | None] = SimpleQueue()
         self._is_reading = False
+        self._is_held = False
         self._is_closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="expert loads", daemon=True)
@@ -405,9 +406,22 @@ class LoadChannel:
                 if not load.is_ready:
                     self._ahead.remove(load)
 
+    def hold(self) -> None:
+        """Read nothing more until `go_on`; returns when the chunk that is being read is there."""
+        with self._wake:
+            self._is_held = True
+            self._wake.wait_for(lambda: not self._is_reading)
+
+    def go_on(self) -> None:
+        """End `hold`."""
+        with self._wake:
+            self._is_held = False
+            self._wake.notify_all()
+
     def clear(self) -> None:
         """Forget all loads, and wait until none is being read."""
         with self._wake:
+            self._is_held = False
             for load in (*self._urgent, *self._ahead):
                 load.is_dropped = True
             self._urgent.clear()
@@ -438,7 +452,7 @@ class LoadChannel:
     def _begin_chunk(self) -> Load | None:
         """The load whose next chunk is to be read now; waits for one. None: the channel closes."""
         with self._wake:
-            self._wake.wait_for(lambda: self._urgent or self._ahead or self._is_closing)
+            self._wake.wait_for(lambda: self._is_closing or ((self._urgent or self._ahead) and not self._is_held))
             if self._is_closing:
                 return None
             load = (self._urgent or self._ahead)[0]
@@ -449,9 +463,8 @@ class LoadChannel:
     def _end_chunk(self, load: Load) -> None:
         with self._wake:
             self._is_reading = False
-            if load.is_dropped:
-                self._wake.notify_all()
-            elif load.num_begun == self._slots.chunks:
+            self._wake.notify_all()  # whoever waits for the end of the chunk
+            if not load.is_dropped and load.num_begun == self._slots.chunks:
                 (self._urgent if load.is_urgent else self._ahead).remove(load)
                 load.ready_at = time.perf_counter()
                 if load.is_urgent:

@@ -45,6 +45,7 @@ COST_DTYPE = np.dtype(
         ("expert_s", "f8"),
         ("expert_token_s", "f8"),
         ("step_s", "f8"),
+        ("decision_s", "f8"),
         ("chunk_s", "f8"),  # a whole chunk from the tier behind the channel
         ("last_chunk_s", "f8"),  # the last chunk of an expert
         ("store_chunk_s", "f8"),  # the same from the store below
@@ -268,7 +269,8 @@ def load_on_demand(sim: Sim, decision: Decision) -> float:
     experts, slots, layers, uses, needed = state.experts, state.slots, state.layers, sim.uses, state.needed
     layer, epoch, now_s = engine.layer, engine.epoch, engine.now_s
     compute_s = 0.0
-    computed_s = now_s  # end of the experts computed so far
+    decided_s = now_s + cost.decision_s
+    computed_s = decided_s  # end of the experts computed so far
     for i in range(engine.num_needed):
         seconds = cost.expert_s + cost.expert_token_s * uses[needed[i]]
         compute_s += seconds
@@ -309,9 +311,9 @@ def load_on_demand(sim: Sim, decision: Decision) -> float:
     if channel_s > now_s:
         books.channel_s = channel_s
     if cost.overlap == 0:
-        computed_s = last_ready_s + compute_s
+        computed_s = max(decided_s, last_ready_s) + compute_s
     engine.now_s = computed_s
-    return max(computed_s - now_s - compute_s, 0.0)
+    return max(computed_s - decided_s - compute_s, 0.0)
 
 
 @njit_borrowed
@@ -769,7 +771,8 @@ def cost_rows(spec: ExpertCachingSpec, workload: Workload) -> np.ndarray:
     cost = spec.cost
     rows = np.zeros(1, COST_DTYPE)
     row = rows[0]
-    for name in ("attention_s", "attention_token_s", "expert_s", "expert_token_s", "step_s", "chunks", "overlap"):
+    times = ("attention_s", "attention_token_s", "expert_s", "expert_token_s", "step_s", "decision_s")
+    for name in (*times, "chunks", "overlap"):
         row[name] = getattr(cost, name)
     last_bytes = cost.expert_bytes - (cost.chunks - 1) * cost.chunk_bytes
     slow = min(cost.bandwidth, cost.store_bandwidth)

@@ -15,10 +15,10 @@ from ..core.errors import InputError
 class CostModel:
     """Seconds of computing and loading experts, at one layer of one step.
 
-    layer_s = attention_s + attention_token_s * tokens + stall + expert_s * experts + expert_token_s * uses, where
-    `experts` are the distinct ones needed, `uses` the (token, expert) pairs, and the stall is the time in which the
-    experts wait for loads. A load is read in chunks of `chunk_bytes` (the last one may be shorter), each of which takes
-    chunk_latency_s + its bytes / bandwidth, one chunk at a time, never interrupted.
+    layer_s = attention_s + attention_token_s * tokens + decision_s + stall + expert_s * experts + expert_token_s * uses
+    with `experts` the distinct ones needed, `uses` the (token, expert) pairs, and the stall the time in which
+    the experts wait for loads. A load is read in chunks of `chunk_bytes` (the last one may be shorter), each of which
+    takes chunk_latency_s + its bytes / bandwidth, one chunk at a time, never interrupted.
     """
 
     name: str
@@ -33,6 +33,8 @@ class CostModel:
     expert_token_s: float = 0.0
     step_s: float = 0.0
     """What a step costs outside its layers (embedding, head, sampling)."""
+    decision_s: float = 0.0
+    """The policy's decision: nothing is computed before it is made, but what is missing is already being loaded."""
     chunk_bytes: int = 2 << 20
     chunk_latency_s: float = 0.0
     store_bandwidth: float = 3e9
@@ -43,7 +45,15 @@ class CostModel:
     """Where the numbers are from: the measurement, machine and versions."""
 
     def __post_init__(self) -> None:
-        for name in ("attention_s", "expert_s", "attention_token_s", "expert_token_s", "step_s", "chunk_latency_s"):
+        for name in (
+            "attention_s",
+            "expert_s",
+            "attention_token_s",
+            "expert_token_s",
+            "step_s",
+            "decision_s",
+            "chunk_latency_s",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
                     f"CostModel.{name} of {self.name!r} is {getattr(self, name)}", remedy="Give non-negative seconds"

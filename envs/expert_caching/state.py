@@ -15,11 +15,12 @@ One epoch, in this order:
    `needed`: the union over the batch. Use is booked: last_use, frequencies, counts, history include the present epoch.
 2. Needed experts that are QUEUED or LOADING are *late*: they keep their slot and overtake every other prefetch. The
    other needed experts that are not RESIDENT are `missing`, in increasing order of expert id.
-3. The policy decides. `resolve_decision` (below) then makes the decision legal; every backend calls it first.
+3. The policy decides. `resolve_decision` (below) then makes the decision legal; every backend calls it first. What is
+   late or missing is already being loaded meanwhile: that needs no decision, which says where it stays.
 4. `cancel_queued`: prefetches that are QUEUED and not late are dropped, and their slots are free.
-5. Missing expert i is loaded into the slot `victims[i]`, in this order, after the late ones. Whatever else was in the
-   slot is gone. If that is a needed expert (allowed with `bypass` only), the missing one is loaded into a buffer
-   apart, and takes the slot at the end of the epoch. With BYPASS it is loaded into a buffer apart and then forgotten.
+5. Missing expert i is loaded, in this order, after the late ones, and takes the slot `victims[i]`. Whatever else was in
+   the slot is gone. If that is a needed expert (allowed with `bypass` only), the missing one takes the slot at the end
+   of the epoch. With BYPASS it is forgotten then.
 6. Prefetches are queued behind those in flight, in order: `prefetch[j]` = (layer, expert, slot). Their slots lose what
    they held now, and hold the QUEUED expert.
 7. Loads on demand overtake prefetches at the next end of a chunk. The needed experts are computed, each as soon as it

@@ -94,13 +94,19 @@ def test_line_through_medians_is_never_negative():
     assert fit_line({1: [1.0], 2: [9.0]})[0] == 0.0
 
 
-def test_a_decision_delays_every_layer_by_its_time():
+def test_a_decision_delays_the_layers_that_wait_for_no_longer_load():
     work, seconds = generate(3, num_layers=3, num_experts=8, top_k=2, mean_length=10, seed=2), []
-    for cost in (COST, with_decisions(COST, 3e-4)):
-        simulator = Simulator(ExpertCachingSpec(cost, cache_share=0.5))
+    for decision_s in (0.0, 3e-4, 3e-4 + COST.load_s):
+        simulator = Simulator(ExpertCachingSpec(with_decisions(COST, decision_s), cache_share=0.5))
         simulator.reset(work)
         seconds.append(serve(simulator))
-    assert seconds[1] - seconds[0] == pytest.approx((3 * work.num_tokens - 1) * 3e-4)  # the clock starts at the first
+    misses = simulator.timeline().used - simulator.timeline().ready
+    assert set(misses) == {0, 1, 2}
+    assert seconds[1] - seconds[0] == pytest.approx((misses == 0).sum() * 3e-4)
+    # a single load is over by then, and what is at hand comes after it; of two loads the second is still waited for
+    expert_s = COST.expert_s + COST.expert_token_s
+    late_s = (misses == 0).sum() * (3e-4 + COST.load_s) + (misses == 1).sum() * (3e-4 + expert_s)
+    assert seconds[2] - seconds[0] == pytest.approx(late_s)
 
 
 def test_calibration_in_passes_writes_what_the_simulator_reads(model, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,8 @@ def test_logits_are_those_of_the_whole_model_and_misses_are_reads(model, workloa
     spec = spec_for(model, **changes)
     engine = ExpertEngine(model, spec, keep_logits=True)
     assert isinstance(engine, Backend) and engine.clock == "wall"
+    engine.reset(workload)
+    serve(engine, RandomPolicy())  # compiled kernels are read from the disk as well, once
     for seed in range(2):
         engine.reset(workload)
         before = device_bytes_read()
@@ -195,6 +198,36 @@ def test_times_add_up(model, workload):
     assert (decision_s + timeline.stall_s <= timeline.end_s - timeline.start_s + 1e-9).all()
     assert engine.step(engine.default_decision()).done
     engine.close()
+
+
+def test_a_pause_is_no_part_of_the_run(model, workload):
+    """Of two engines that take turns each does what it does alone, and its seconds are its own."""
+    spec, policies = spec_for(model, max_prefetch=2, chunk_bytes=4096), [RandomPolicy(0), RandomPolicy(1)]
+    engines = [ExpertEngine(model, spec, keep_logits=True) for _ in policies]
+    begun_s = time.perf_counter()
+    for engine in engines:
+        engine.reset(workload)
+    seconds, done = [0.0, 0.0], [False, False]
+    while not all(done):
+        for i, engine in enumerate(engines):
+            engine.resume()
+            decision = engine.default_decision()
+            policies[i].decide(engine.state(), decision)
+            outcome = engine.step(decision)
+            seconds[i], done[i] = seconds[i] + outcome.seconds, outcome.done
+            engine.pause()
+            held = engine._channel.progress(list(engine._in_flight.values()))[1]
+            time.sleep(1e-3)
+            assert engine._channel.progress(list(engine._in_flight.values()))[1] == held
+    assert sum(seconds) < time.perf_counter() - begun_s
+    for engine, own_s in zip(engines, seconds, strict=True):
+        timeline = engine.timeline()
+        assert own_s == pytest.approx(engine.state().engine[0]["now_s"])
+        assert (np.diff(timeline.start_s) > 0).all() and timeline.stall_s.sum() < own_s
+        assert check_residency(timeline, workload, spec) == []
+    assert torch.equal(in_order(engines[0]), in_order(engines[1]))
+    for engine in engines:
+        engine.close()
 
 
 def test_greedy_tokens_are_those_of_the_whole_model(workload, logits):

@@ -91,6 +91,24 @@ def test_a_dropped_load_ends_with_its_chunk_and_a_ready_one_is_not_waited_for(st
     assert channel.submit([second], (), ()) == 0
 
 
+def test_a_held_channel_ends_its_chunk_and_begins_none(stepped):
+    slots, channel = stepped
+    channel.submit((), [Load(1, 0, True)], ())
+    slots.begun.acquire()
+    holding = threading.Thread(target=channel.hold)
+    holding.start()
+    holding.join(0.05)
+    assert holding.is_alive()
+    slots.go.release()
+    holding.join()
+    channel.submit((), (), [Load(10, 1, False)])
+    assert not slots.begun.acquire(timeout=0.05) and slots.reads == [(1, 0)]
+    channel.go_on()
+    slots.begun.acquire()
+    slots.let(2)
+    assert [load.record for load in channel.finished(1)] == [1]
+
+
 def test_clear_waits_for_the_chunk_under_way(stepped):
     slots, channel = stepped
     channel.submit((), [Load(1, 0, True), Load(2, 1, True)], [Load(10, 2, False)])
