@@ -1,14 +1,16 @@
 """Does a cache policy pay in tokens per second, and is the simulator right about it? The same tokens on both.
 
 A Mixture-of-Experts model whose experts lie in a file (CPU, O_DIRECT) or in pinned memory (CUDA) decodes windows of a
-routing trace, held out of training, under each policy and size of cache. Each repeat is another window, the same for
-all policies, and passes over all policies are repeated, so that a slow minute of the machine hits no one alone; runs
-of the calibration stand in between. The clock is the wall's: waiting for reads is what is measured.
+routing trace, held out of training, under each policy and size of cache. A few policies at a time, LRU on demand always
+among them, each with a cache of its own, take turns of a few tokens: a slow second of the machine hits no one alone,
+and a slice of the window is compared with the same slice under LRU. Whoever is not on turn stands still, with its clock
+and its channel. Runs of the calibration stand in between. The clock is the wall's: waiting for reads is what is
+measured.
 
-Beside tokens per second the tables show the ratio to LRU on demand, and the bound that no policy of this cache can
-beat: max(compute, Belady's loads x load time). The simulator serves the same windows with the cost model of the
-calibration, in which none of these policies and none of these tokens took part, plus the measured time of each
-policy's decisions.
+Beside tokens per second the tables show the ratio to LRU on demand, with the 95% interval of a bootstrap over slices,
+and the bound that no policy of this cache can beat: max(compute, Belady's loads x load time). The simulator serves the
+same windows with the cost model of the calibration, in which none of these policies and none of these tokens took part,
+plus the measured time of each policy's decisions.
 
 Examples:
 
@@ -57,6 +59,8 @@ ON_DEMAND = "lru"
 """What the others are compared with."""
 EVICTING_AGENT = "agent_on_demand"
 CALIBRATION_TOKENS = 60
+RESAMPLES = 2000
+"""Of the bootstrap."""
 
 
 @dataclass
@@ -73,7 +77,11 @@ class Args:
     tokens: int = 100
     """Tokens of a window."""
     repeats: int = 5
-    """Windows, and passes over all policies."""
+    """Windows."""
+    turn_tokens: int = 5
+    """Tokens that a policy serves before the next one's turn."""
+    together: int = 4
+    """Policies that take turns, LRU included: each needs the memory of its cache."""
     prefetches: int = 1
     """Prefetches that published systems may ask for in a layer (best of 1, 2, 3 and k on training sequences)."""
     json: Path | None = None
@@ -120,10 +128,10 @@ def line_up(names: Sequence[str], spec: ExpertCachingSpec, trace: Trace, prefetc
 
 @dataclass
 class Cell:
-    """What one contender did on the engine, a figure for each window."""
+    """What one contender did on the engine; `seconds` of each window, of each slice of it."""
 
     contender: Contender
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[np.ndarray] = field(default_factory=list)
     deciding_s: list[float] = field(default_factory=list)
     timelines: list[Timeline] = field(default_factory=list)
 
@@ -133,11 +141,19 @@ class Cell:
         return sum(self.deciding_s) / sum(len(timeline.start_s) for timeline in self.timelines)
 
 
+def groups_of(contenders: Sequence[Contender], together: int) -> list[list[Cell]]:
+    """Cells of at most `together` contenders each, in order, the first contender in every group."""
+    first, others = contenders[0], contenders[1:]
+    chunks = [others[i : i + together - 1] for i in range(0, len(others), together - 1)] or [[]]
+    return [[Cell(one) for one in (first, *chunk)] for chunk in chunks]
+
+
 def measure(
     model: OffloadedModel,
     routing: str,
-    cells: Sequence[Cell],
+    groups: Sequence[Sequence[Cell]],
     windows: Sequence[Workload],
+    turn_tokens: int,
     calibration: ExpertCalibration | None = None,
     moved: Callable[[float, str], None] = lambda done, what: None,
 ) -> None:
@@ -146,46 +162,69 @@ def measure(
     Args:
         model: what computes.
         routing: of the engine.
-        cells: who takes part, and where it is booked; each window begins with another one.
+        groups: who takes turns with whom, and where it is booked.
         windows: what is served.
+        turn_tokens: of a turn.
         calibration: gets a pass with each window; None: nothing is calibrated.
         moved: called with the number of runs that are done, and what comes next.
     """
+    num_done = 0
+    for number, window in enumerate(windows):
+        to_calibrate = calibration.measure_runs() if calibration is not None else iter(())
+        due = np.linspace(0, calibration.num_runs if calibration is not None else 0, len(groups) + 1).astype(int)
+        for i, group in enumerate(groups):
+            moved(num_done, f"window {number + 1}, {', '.join(cell.contender.name for cell in group)}")
+            serve_in_turns(model, routing, group, window, turn_tokens)
+            num_done += len(group)
+            for _ in range(due[i + 1] - due[i]):
+                next(to_calibrate, None)
+        for _ in to_calibrate:  # what a pass measures after its last run
+            pass
+
+
+def serve_in_turns(
+    model: OffloadedModel, routing: str, group: Sequence[Cell], window: Workload, turn_tokens: int
+) -> None:
+    """One run of each cell, slice by slice; each slice begins with another one. Booked in the cells."""
     from ..real_backend.experts import ExpertEngine
 
-    engine = None
+    epochs, engines = turn_tokens * window.num_layers, []
+    policies = [cell.contender.make(window) for cell in group]
     try:
-        for turn, window in enumerate(windows):
-            to_calibrate = calibration.measure_runs() if calibration is not None else iter(())
-            due = np.linspace(0, calibration.num_runs if calibration is not None else 0, len(cells) + 1).astype(int)
-            for i in range(len(cells)):
-                cell = cells[(i + turn) % len(cells)]
-                moved(turn * len(cells) + i, f"window {turn + 1}, {cell.contender.name}")
-                if engine is None or engine.capacity != cell.contender.spec:
-                    if engine is not None:
-                        engine.close()
-                    engine = ExpertEngine(model, cell.contender.spec, routing=routing)
-                serve_window(engine, cell, window)
-                for _ in range(due[i + 1] - due[i]):
-                    next(to_calibrate, None)
-            for _ in to_calibrate:  # what a pass measures after its last run
-                pass
+        for cell, policy in zip(group, policies, strict=True):
+            engine = ExpertEngine(model, cell.contender.spec, routing=routing)
+            engines.append(engine)
+            engine.reset(window)
+            policy.reset(engine.state())  # decide once and throw it away: compilation is no part of the run
+            policy.decide(engine.state(), engine.default_decision())
+            policy.reset(engine.state())
+        slices: list[list[float]] = [[] for _ in group]
+        for turn in range(-(-window.num_tokens // turn_tokens)):
+            for i in range(len(group)):
+                at = (i + turn) % len(group)
+                engines[at].resume()
+                slices[at].append(serve_slice(engines[at], policies[at], epochs))
+                engines[at].pause()
+        for cell, engine, seconds in zip(group, engines, slices, strict=True):
+            cell.seconds.append(np.array(seconds))
+            cell.deciding_s.append(float(engine.decision_s.sum()))
+            cell.timelines.append(engine.timeline())
     finally:
-        if engine is not None:
+        for engine in engines:
             engine.close()
 
 
-def serve_window(engine: ExpertEngine, cell: Cell, window: Workload) -> None:
-    """One run, booked in its cell."""
-    from ..real_backend.calibrate_experts import serve
-
-    engine.reset(window)
-    policy = cell.contender.make(window)
-    policy.reset(engine.state())  # decide once and throw it away: compilation is no part of the run
-    policy.decide(engine.state(), engine.default_decision())
-    cell.seconds.append(serve(engine, policy))
-    cell.deciding_s.append(float(engine.decision_s.sum()))
-    cell.timelines.append(engine.timeline())
+def serve_slice(engine: ExpertEngine, policy: Any, epochs: int) -> float:
+    """Serve some epochs, or what is left. Returns the seconds."""
+    seconds = 0.0
+    for _ in range(epochs):
+        decision = engine.default_decision()
+        policy.decide(engine.state(), decision)
+        outcome = engine.step(decision)
+        seconds += outcome.seconds
+        if outcome.done:
+            break
+    return seconds
 
 
 def simulate(contender: Contender, windows: Sequence[Workload], cost: CostModel) -> list[float]:
@@ -213,46 +252,58 @@ def bound(spec: ExpertCachingSpec, windows: Sequence[Workload]) -> dict[str, flo
 
 
 def compare(
-    cells: Sequence[Cell], windows: Sequence[Workload], cost: CostModel, spec: ExpertCachingSpec
+    groups: Sequence[Sequence[Cell]], windows: Sequence[Workload], cost: CostModel, spec: ExpertCachingSpec
 ) -> dict[str, Any]:
     """Everything that is shown of one size of cache: {"cache_share", "bound", "rows"}.
 
     A row: policy, oracle, seconds of each window on the engine and in the simulator, tokens per second (all tokens over
-    all seconds), `speedup` over LRU (mean, and the least and the greatest of a window), `of_bound` (bound over
-    measured seconds), hit_rate, ready_rate, loads_per_token, decision_share and error (simulated over measured - 1).
+    all seconds), `speedup` over the LRU that it took turns with, its interval, `of_bound` (bound over measured
+    seconds), hit_rate, ready_rate, loads_per_token, decision_share and error (simulated over measured - 1). LRU is in
+    every group; its row is that of the first.
     """
+    tokens = sum(window.num_tokens for window in windows)
+    least = bound(spec.replace(cost=cost), windows)
+    rows = []
+    for i, (on_demand, *others) in enumerate(groups):
+        rows += [row_of(cell, on_demand, windows, cost) for cell in ([on_demand, *others] if i == 0 else others)]
+    for row in rows:
+        row["of_bound"] = least["seconds"] / sum(row["measured_s"])
+    return {"cache_share": spec.cache_share, "tokens": tokens, "bound": least, "rows": rows}
+
+
+def row_of(cell: Cell, on_demand: Cell, windows: Sequence[Workload], cost: CostModel) -> dict[str, Any]:
+    """The row of a contender, all but what the bound is needed for."""
     from ..envs.expert_caching.metrics import compute_metrics
     from ..real_backend.calibrate_experts import with_decisions
 
-    tokens = sum(window.num_tokens for window in windows)
-    least = bound(spec.replace(cost=cost), windows)
-    on_demand = np.array(next(cell.seconds for cell in cells if cell.contender.name == ON_DEMAND))
-    rows = []
-    for cell in cells:
-        seconds = np.array(cell.seconds)
-        simulated = simulate(cell.contender, windows, with_decisions(cost, cell.decision_s))
-        metrics = [compute_metrics(timeline) for timeline in cell.timelines]
-        ratios = on_demand / seconds
-        rows.append(
-            {
-                "policy": cell.contender.name,
-                "oracle": cell.contender.is_oracle,
-                "measured_s": cell.seconds,
-                "simulated_s": simulated,
-                "tokens_per_s": tokens / float(seconds.sum()),
-                "speedup": float(on_demand.sum() / seconds.sum()),
-                "speedup_range": [float(ratios.min()), float(ratios.max())],
-                "of_bound": least["seconds"] / float(seconds.sum()),
-                "decision_s": cell.decision_s,
-                "decision_share": sum(cell.deciding_s) / float(seconds.sum()),
-                "error": sum(simulated) / float(seconds.sum()) - 1,
-                **{
-                    name: float(np.mean([m[name] for m in metrics]))
-                    for name in ("hit_rate", "ready_rate", "loads_per_token", "prefetch_use")
-                },
-            }
-        )
-    return {"cache_share": spec.cache_share, "tokens": tokens, "bound": least, "rows": rows}
+    seconds = [float(slices.sum()) for slices in cell.seconds]
+    simulated = simulate(cell.contender, windows, with_decisions(cost, cell.decision_s))
+    metrics = [compute_metrics(timeline) for timeline in cell.timelines]
+    speedup, interval = ratio_of(np.concatenate(on_demand.seconds), np.concatenate(cell.seconds))
+    return {
+        "policy": cell.contender.name,
+        "oracle": cell.contender.is_oracle,
+        "measured_s": seconds,
+        "simulated_s": simulated,
+        "slices_s": [slices.tolist() for slices in cell.seconds],
+        "tokens_per_s": sum(window.num_tokens for window in windows) / sum(seconds),
+        "speedup": speedup,
+        "speedup_interval": interval,
+        "decision_s": cell.decision_s,
+        "decision_share": sum(cell.deciding_s) / sum(seconds),
+        "error": sum(simulated) / sum(seconds) - 1,
+        **{
+            name: float(np.mean([m[name] for m in metrics]))
+            for name in ("hit_rate", "ready_rate", "loads_per_token", "prefetch_use")
+        },
+    }
+
+
+def ratio_of(slower: np.ndarray, faster: np.ndarray) -> tuple[float, list[float]]:
+    """Sum over sum, and its 95% interval: a bootstrap over slices (n,), which both served at about the same time."""
+    drawn = np.random.default_rng(0).integers(0, len(slower), (RESAMPLES, len(slower)))
+    ratios = slower[drawn].sum(axis=1) / faster[drawn].sum(axis=1)
+    return float(slower.sum() / faster.sum()), np.percentile(ratios, [2.5, 97.5]).tolist()
 
 
 def verdict(table: Mapping[str, Any]) -> str:
@@ -264,8 +315,8 @@ def verdict(table: Mapping[str, Any]) -> str:
     text = f"median error of the simulator {error:.1%}"
     others = [row for row in table["rows"] if not row["oracle"] and row["policy"] not in (AGENT, EVICTING_AGENT)]
     if AGENT in rows:
-        best = max(others, key=lambda row: row["tokens_per_s"])
-        over = rows[AGENT]["tokens_per_s"] / best["tokens_per_s"]
+        best = max(others, key=lambda row: row["speedup"])
+        over = rows[AGENT]["speedup"] / best["speedup"]
         text = (
             f"agent: {rows[AGENT]['speedup']:.2f}x {ON_DEMAND}, {over:.2f}x {best['policy']} (the best other row), "
             f"{rows[AGENT]['of_bound']:.0%} of the bound; " + text
@@ -286,7 +337,7 @@ def show(table: Mapping[str, Any]) -> None:
     heads = (
         "tokens/s",
         "x LRU",
-        "(windows)",
+        "(95%)",
         "of bound",
         "hit",
         "ready",
@@ -299,7 +350,7 @@ def show(table: Mapping[str, Any]) -> None:
     for name in heads:
         grid.add_column(name, justify="right")
     for row in table["rows"]:
-        low, high = row["speedup_range"]
+        low, high = row["speedup_interval"]
         grid.add_row(
             row["policy"] + (" (oracle)" if row["oracle"] else ""),
             f"{row['tokens_per_s']:.2f}",
@@ -328,6 +379,10 @@ def fidelity(args: Args) -> int:
 
     if args.repeats < 1 or not args.cache_shares:
         raise InputError(f"{args.repeats} repeats of {len(args.cache_shares)} caches", remedy="Give at least 1 of each")
+    if args.turn_tokens < 1 or args.together < 2:
+        raise InputError(
+            f"turns of {args.turn_tokens} tokens among {args.together} policies", remedy="Give at least 1 and 2"
+        )
     trace = find_trace(args.workload, args.data_dir)
     windows = [trace.draw(args.tokens, args.seed + i) for i in range(args.repeats)]
     specs = [ExpertCachingSpec(cache_share=share, warm_start=True) for share in args.cache_shares]
@@ -342,10 +397,10 @@ def fidelity(args: Args) -> int:
         cost = calibration.fit()[0]  # agents weigh a prefetch against the time that there is for it
     else:
         cost = CostModel.load(args.cost_model)
-    tables = [[Cell(one.at_cost(cost)) for one in contenders] for contenders in line_ups]
-    cells = [cell for table in tables for cell in table]
-    with command.progress("measuring", len(cells) * len(windows)) as bar:
-        measure(model, routing, cells, windows, calibration, bar)
+    tables = [groups_of([one.at_cost(cost) for one in contenders], args.together) for contenders in line_ups]
+    groups = [group for table in tables for group in table]
+    with command.progress("measuring", sum(map(len, groups)) * len(windows)) as bar:
+        measure(model, routing, groups, windows, args.turn_tokens, calibration, bar)
     report: dict[str, Any] = {}
     if calibration is not None:
         cost, report = calibration.fit()

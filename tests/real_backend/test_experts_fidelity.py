@@ -15,7 +15,7 @@ from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from schedlab.envs.expert_caching.workload import Workload, generate, save_routing
 from schedlab.experiments import fidelity_experts
 from schedlab.experiments.expert_traces import Trace, with_guesses
-from schedlab.experiments.fidelity_experts import bound, line_up, main, simulate, verdict
+from schedlab.experiments.fidelity_experts import bound, groups_of, line_up, main, ratio_of, simulate, verdict
 from schedlab.real_backend.experts import OffloadedModel
 from schedlab.real_backend.experts_model import build_olmoe
 
@@ -65,6 +65,21 @@ def test_published_systems_are_held_to_a_few_prefetches(trace):
         line_up(["nonesuch"], ExpertCachingSpec(COST, cache_share=0.5), trace, 1)
 
 
+def test_groups_all_have_the_first_and_nobody_is_left_out():
+    names = [[cell.contender for cell in group] for group in groups_of(["lru", "a", "b", "c", "d"], 3)]
+    assert names == [["lru", "a", "b"], ["lru", "c", "d"]]
+    assert [[cell.contender for cell in group] for group in groups_of(["lru"], 3)] == [["lru"]]
+
+
+def test_drift_that_hits_both_alike_does_not_widen_the_interval():
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(0.5, 2.0, 60)
+    ratio, (low, high) = ratio_of(1.2 * drift, drift)
+    assert ratio == pytest.approx(1.2) and low == pytest.approx(1.2) and high == pytest.approx(1.2)
+    ratio, (low, high) = ratio_of(1.2 * drift, rng.permutation(drift))
+    assert ratio == pytest.approx(1.2) and low < 1.15 and high > 1.25
+
+
 def test_verdict_names_the_best_row_that_can_be_deployed():
     def row(policy, tokens_per_s, oracle=False, error=0.0):
         return {
@@ -94,6 +109,7 @@ def test_command_measures_simulates_and_writes(trace, tmp_path, monkeypatch, cap
     out = tmp_path / "experts.json"
     arguments = ["--workload", str(tmp_path / "made-up.npz"), "--policies", "ema_95", "affinity_prefetch", "belady"]
     arguments += ["--tokens", "30", "--repeats", "2", "--cache-shares", "0.25", "0.5", "--json", str(out)]
+    arguments += ["--turn-tokens", "7", "--together", "3"]
     assert main([*arguments, "--folder", str(Path(__file__).parent)]) == 0
     content = json.loads(out.read_text())
     assert [table["cache_share"] for table in content["tables"]] == [0.25, 0.5]
@@ -106,6 +122,9 @@ def test_command_measures_simulates_and_writes(trace, tmp_path, monkeypatch, cap
         for row in rows.values():
             measured, simulated = sum(row["measured_s"]), sum(row["simulated_s"])
             assert len(row["measured_s"]) == 2 and row["error"] == pytest.approx(simulated / measured - 1)
+            assert [len(slices) for slices in row["slices_s"]] == [5, 5]
+            np.testing.assert_allclose([sum(slices) for slices in row["slices_s"]], row["measured_s"])
+            assert row["speedup_interval"][0] <= row["speedup"] <= row["speedup_interval"][1]
             assert row["tokens_per_s"] == pytest.approx(60 / measured)
             assert 0 < row["decision_share"] < 1
     assert "median error of the simulator" in capsys.readouterr().out
