@@ -68,7 +68,7 @@ class Args:
     """Networks of a committee: those of this many consecutive seeds (after the last one comes the first)."""
     steps: int = 2400
     """Optimizer steps of each."""
-    head_steps: int = 800
+    head_steps: int = 2400
     """Optimizer steps of its head for the layer above."""
     held_out: float = HELD_OUT
     """Share of the sequences that the table is measured on; training sees the others."""

@@ -29,6 +29,9 @@ from .expert_caching_gap import SHARES, percent_closed, split
 from .expert_caching_gap import Args as GapArgs
 from .expert_traces import MOE, load_trace
 
+STEPS = 800
+"""Optimizer steps of each network."""
+
 
 @dataclass
 class Args(GapArgs):
@@ -56,7 +59,7 @@ def measure(args: Args) -> dict[str, Any]:
     networks = []
     for seed in range(args.seeds):
         command.say(f"training seed {seed}")
-        networks.append(train_portable(trace, EvictionTraining(seed=seed)))
+        networks.append(train_portable(trace, EvictionTraining(seed=seed, head_steps=STEPS)))
     rows: dict[str, Any] = {}
     measured = {"same model, held out": test.head(args.own_tokens), args.other: load_trace(args.other, args.data_dir)}
     for name, workload in measured.items():
