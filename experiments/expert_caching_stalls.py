@@ -8,9 +8,10 @@ prefetch; with prefetch and bypass, by a rule of three knobs; a trained pointer 
 
 Intervals are of the mean over parts (Student's t), of the stall saved against LRU on the same part.
 
-Example:
+Examples:
 
   python -m schedlab.experiments.expert_caching_stalls --out results/expert_caching_stalls
+  python -m schedlab.experiments.expert_caching_stalls --tune --scores my_scores
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import ExpertCachingSpec
 from ..envs.expert_caching.workload import Workload
 from . import command
-from .expert_caching_presets import SETTINGS, Setting
+from .expert_caching_presets import SETTINGS, Setting, advised_tasks, tune
 from .expert_traces import find_trace
 
 
@@ -54,6 +55,8 @@ class Args:
     """Checkpoint of the learned scores."""
     pointer: Path | None = None
     """Run folder of a trained pointer policy; its best/ is taken, by stalls on training sequences."""
+    tune: bool = False
+    """Only print the knobs of least stall on training sequences, in every setting (those of `SETTINGS`)."""
     data_dir: Path | None = None
     """Folder with routing traces. Default: $SCHEDLAB_DATA, then the download cache."""
 
@@ -191,8 +194,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def print_knobs(args: Args) -> None:
+    """The knobs that `SETTINGS` should have. Scores that were fitted to these sequences are too sure of themselves."""
+    train = find_trace("deepseek_v2_lite", args.data_dir).training
+    for setting, task in zip(SETTINGS, advised_tasks(train.head(args.tokens), args.scores, SETTINGS), strict=True):
+        print(f"{setting.name}: {tune(setting, task)}")
+
+
 def act(args: Args) -> int:
     """Measure, write results.json, print the table. Returns the exit status."""
+    if args.tune:
+        print_knobs(args)
+        return 0
     results = measure(args)
     with atomic_path(args.out / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1))
