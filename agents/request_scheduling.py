@@ -74,9 +74,9 @@ def decide_compiled(
 
 
 @njit(cache=True, **UNCOUNTED)
-def _decide_at(address: int, kind: Any) -> bool:
-    """`decide_compiled` with its arguments in a block of memory."""
-    state, problem, table, weights, view, decision = load(address, kind)
+def _decide_at(address: int, kind: Any, decision: Decision) -> bool:
+    """`decide_compiled` with its other arguments in a block of memory."""
+    state, problem, table, weights, view = load(address, kind)
     return decide_compiled(state, problem, table, weights, view, decision)
 
 
@@ -111,21 +111,19 @@ class CompiledPolicy:
         self.problem = Problem.of(spec)
         self.table = empty_table(spec.num_candidates)
         self.view = empty_view(spec.num_candidates)
-        self._bound = self._bind(empty_state(1), empty_decision(1))
+        self.reset(empty_state(1))
 
     def reset(self, state: State) -> None:
-        """Nothing is remembered from run to run."""
+        """Nothing is remembered from run to run; this state's arrays are found faster from now on."""
+        arguments = (state, self.problem, self.table, self.weights, self.view)
+        self._decide = BoundCall(_decide_at, arguments, empty_decision(1))
 
     def decide(self, state: State, decision: Decision) -> None:
-        """Write the decision for `state` into `decision`. Fastest where both are the arrays of the call before."""
-        bound = self._bound
-        if not (bound.arguments[0] is state and bound.arguments[-1] is decision):
-            bound = self._bound = self._bind(state, decision)
-        if not bound():
+        """Write the decision for `state` into `decision`."""
+        if self._decide.arguments[0] is not state:
+            self.reset(state)
+        if not self._decide(decision):
             raise ValueError(f"policy {self.name!r}: logits are not finite")
-
-    def _bind(self, state: State, decision: Decision) -> BoundCall:
-        return BoundCall(_decide_at, (state, self.problem, self.table, self.weights, self.view, decision))
 
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""

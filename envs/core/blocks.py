@@ -72,16 +72,21 @@ def block_of(arguments: tuple) -> np.ndarray:
 
 
 class BoundCall:
-    """A kernel `f(address, type)`, which takes its arguments by `load`, bound to arguments that are always the same.
+    """A kernel `f(address, type, *others)`, bound to arguments that it takes by `load` and that are always the same.
 
     The arrays are the same, that is: what is in them may change.
+
+    Args:
+        kernel: what is called.
+        arguments: what lies at the address.
+        others: examples of what each call is given beside it: their types are fixed.
     """
 
-    def __init__(self, kernel: Any, arguments: tuple) -> None:
+    def __init__(self, kernel: Any, arguments: tuple, *others: Any) -> None:
         self.arguments = arguments
         self._block = block_of(arguments)
         self._address, self._type = int(self._block.ctypes.data), typeof(arguments)
-        self._call: Callable = entry_point(kernel, self._address, self._type)
+        self._call: Callable = entry_point(kernel, self._address, self._type, *others)
 
-    def __call__(self) -> Any:
-        return self._call(self._address, self._type)
+    def __call__(self, *others: Any) -> Any:
+        return self._call(self._address, self._type, *others)

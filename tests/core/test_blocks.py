@@ -7,8 +7,8 @@ from schedlab.envs.core.kernel import UNCOUNTED, njit
 
 
 @njit(cache=True, **UNCOUNTED)
-def _weigh(address, kind):
-    (numbers, table), factor, out = load(address, kind)
+def _weigh(address, kind, factor):
+    (numbers, table), out = load(address, kind)
     out[0] = 0.0
     for i in range(table.shape[0]):
         for j in range(table.shape[1]):
@@ -18,11 +18,11 @@ def _weigh(address, kind):
 
 def test_a_bound_call_sees_what_its_arrays_hold_now():
     numbers, table, out = np.arange(3.0), np.arange(12).reshape(3, 4), np.zeros(1)
-    call = BoundCall(_weigh, ((numbers, table), 0.5, out))
-    assert call() == 4 and out[0] == 0.5 * (numbers @ table.sum(1))
+    call = BoundCall(_weigh, ((numbers, table), out), 1.0)
+    assert call(0.5) == 4 and out[0] == 0.5 * (numbers @ table.sum(1))
     numbers[:] = [4.0, 0.0, 1.0]
     table[2] = 7
-    assert call() == 4 and out[0] == 0.5 * (numbers @ table.sum(1))
+    assert call(2.0) == 4 and out[0] == 2.0 * (numbers @ table.sum(1))
 
 
 def test_other_arguments_are_another_block():
@@ -30,9 +30,9 @@ def test_other_arguments_are_another_block():
     calls, expected = [], []
     for rows, dtype in ((1, np.int64), (5, np.int64), (2, np.int32)):
         table, out = np.full((rows, rows), 2, dtype), np.zeros(1)
-        calls.append(BoundCall(_weigh, ((np.ones(rows), table), 1.0, out)))
+        calls.append(BoundCall(_weigh, ((np.ones(rows), table), out), 1.0))
         expected.append(2.0 * rows * rows)
-    assert [call() for call in calls] == [1, 5, 2]
+    assert [call(1.0) for call in calls] == [1, 5, 2]
     assert [call.arguments[-1][0] for call in calls] == expected
 
 
