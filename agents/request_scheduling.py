@@ -19,7 +19,7 @@ from ..envs.request_scheduling.sim import (
     skip_idle,
 )
 from ..envs.request_scheduling.spec import RequestSchedulingSpec
-from ..envs.request_scheduling.state import Decision, State, empty_decision, empty_state, reset_decision
+from ..envs.request_scheduling.state import Decision, State, empty_decision, reset_decision
 from ..envs.request_scheduling.table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
@@ -111,19 +111,23 @@ class CompiledPolicy:
         self.problem = Problem.of(spec)
         self.table = empty_table(spec.num_candidates)
         self.view = empty_view(spec.num_candidates)
-        self.reset(empty_state(1))
+        self._bound: BoundCall | None = None
 
     def reset(self, state: State) -> None:
-        """Nothing is remembered from run to run; this state's arrays are found faster from now on."""
-        arguments = (state, self.problem, self.table, self.weights, self.view)
-        self._decide = BoundCall(_decide_at, arguments, empty_decision(1))
+        """Nothing is remembered from run to run; what decides is compiled, and bound to this state's arrays, now."""
+        self._bound = self._bind(state)
 
     def decide(self, state: State, decision: Decision) -> None:
         """Write the decision for `state` into `decision`."""
-        if self._decide.arguments[0] is not state:
-            self.reset(state)
-        if not self._decide(decision):
+        bound = self._bound
+        if bound is None or bound.arguments[0] is not state:
+            bound = self._bound = self._bind(state)
+        if not bound(decision):
             raise ValueError(f"policy {self.name!r}: logits are not finite")
+
+    def _bind(self, state: State) -> BoundCall:
+        arguments = (state, self.problem, self.table, self.weights, self.view)
+        return BoundCall(_decide_at, arguments, empty_decision(1))
 
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""

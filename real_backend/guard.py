@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -155,14 +155,7 @@ class GuardedPolicy:
 
     def report(self) -> dict[str, float]:
         """Decisions, failures by kind, and P50 and P99 of the seconds of a decision."""
-        row: dict[str, float] = {"decisions": self.num_decisions}
-        row |= {f"failures_{kind}": self.failures[kind] for kind in FAILURES}
-        for name, seconds in (("wall", self.decision_wall_s), ("cpu", self.decision_cpu_s)):
-            for percent in (50, 99):
-                row[f"decision_{name}_p{percent}_s"] = (
-                    float(np.percentile(seconds, percent)) if seconds else float("nan")
-                )
-        return row
+        return report_of(self.num_decisions, self.failures, self.decision_wall_s, self.decision_cpu_s)
 
     def _allocate(self, state: Any) -> tuple[Any, Any]:
         """A state and a decision of our own, of the size of `state`."""
@@ -222,6 +215,18 @@ class GuardedPolicy:
                 RuntimeWarning,
                 stacklevel=5,
             )
+
+
+def report_of(
+    num_decisions: int, failures: Mapping[str, int], wall_s: Sequence[float], cpu_s: Sequence[float]
+) -> dict[str, float]:
+    """Decisions, failures by kind, and P50 and P99 of the seconds of a decision (nan: there was none)."""
+    row: dict[str, float] = {"decisions": num_decisions}
+    row |= {f"failures_{kind}": failures[kind] for kind in FAILURES}
+    for name, seconds in (("wall", wall_s), ("cpu", cpu_s)):
+        for percent in (50, 99):
+            row[f"decision_{name}_p{percent}_s"] = float(np.percentile(seconds, percent)) if seconds else float("nan")
+    return row
 
 
 def _outcome(work: Callable[[], None]) -> BaseException | None:

@@ -15,7 +15,7 @@ import numpy as np
 from ..envs.core.errors import InputError
 from ..envs.core.kernel import UNCOUNTED, njit, njit_borrowed
 from ..envs.soc_dag.state import WAIT, Decision, State, bind_first, empty_decision, is_legal, reset_decision
-from .guard import FAILURES, GuardedPolicy
+from .guard import FAILURES, GuardedPolicy, report_of
 from .threads_machine import MONOTONIC, THREAD_CPU, read_ns
 
 GUARD_DTYPE = np.dtype(
@@ -139,14 +139,7 @@ class CompiledGuard:
     def report(self) -> dict[str, float]:
         """As `GuardedPolicy.report`."""
         self.collect()
-        row: dict[str, float] = {"decisions": self._num_decisions}
-        row |= {f"failures_{kind}": number for kind, number in self._failures.items()}
-        for name, seconds in (("wall", self.decision_wall_s), ("cpu", self.decision_cpu_s)):
-            for percent in (50, 99):
-                row[f"decision_{name}_p{percent}_s"] = (
-                    float(np.percentile(seconds, percent)) if seconds else float("nan")
-                )
-        return row
+        return report_of(self._num_decisions, self._failures, self.decision_wall_s, self.decision_cpu_s)
 
 
 @cache
