@@ -112,6 +112,8 @@ def atomic_folder(folder: str | PathLike[str]) -> Iterator[Path]:
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not folder.exists():  # the new one could not take its place
+            os.rename(replaced, folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from schedlab.envs.core.results import (
     COLUMNS,
     ResultsFile,
     RunKey,
+    atomic_folder,
     atomic_path,
     best_policies,
     bootstrap_ci,
@@ -188,3 +190,27 @@ def test_printed_table_marks_the_best_row_that_is_no_oracle(frame):
 def test_format_value():
     shown = [format_value(v) for v in (0, 5.3512, 0.012344, 66.94, 12345.6, 1e-5, float("nan"), -0.5, 1e7)]
     assert shown == ["0", "5.351", "0.01234", "66.94", "12346", "1e-05", "-", "-0.5000", "1e+07"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for text in ("old", "new"):
+        with atomic_folder(folder) as temporary:
+            (temporary / text).write_text(text)
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder) as temporary:
+        (temporary / "half").write_text("")
+        raise ZeroDivisionError
+
+    rename, renamed = os.rename, []
+
+    def fails_at_the_second(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise OSError("no room")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails_at_the_second)
+    with pytest.raises(OSError, match="no room"), atomic_folder(folder) as temporary:
+        (temporary / "other").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and (folder / "new").read_text() == "new"
