@@ -63,6 +63,11 @@ def linear_beta(progress: float) -> float:
     return max(0.0, 1.0 - 2.0 * progress)
 
 
+def student_alone(progress: float) -> float:
+    """No step is taken by the teacher, whose states a student that goes on learning has seen."""
+    return 0.0
+
+
 def clone(
     policy: PointerPolicy,
     env: gym.vector.VectorEnv,

@@ -15,6 +15,7 @@ Networks"; Bello et al. 2016 for the clipping).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,10 +85,12 @@ class InputNormalizer(nn.Module):
 class DeepSetsEncoder(nn.Module):
     """Row-wise MLP on [candidate, context], masked mean and max, MLP on [context, mean, max].
 
-    u_i = relu(W_x x_i + W_c c + b);  h_i = relu(W_h u_i + b);
+    u_i = relu(W_x x_i + W_c c' + b);  h_i = relu(W_h u_i + b);
     g   = relu(W_2 relu(W_1 [c, mean_i h_i, max_i h_i] + b) + b)
 
-    W_c c is computed once a set, which is why the first layer is kept in two parts.
+    W_c c' is computed once a set, which is why the first layer is kept in two parts. c' is the context without its
+    `late_context` columns: where these alone change from one choice to the next (what was picked so far), the rows
+    need not be embedded again, and the compiled kernel does not.
 
     Shapes:
         context (B, C), candidates (B, K, F), mask bool (B, K) -> h (B, K, H), g (B, H)
@@ -95,8 +98,12 @@ class DeepSetsEncoder(nn.Module):
 
     takes_rows = True
 
-    def __init__(self, context_size: int, candidate_size: int, hidden: int = 64) -> None:
+    def __init__(
+        self, context_size: int, candidate_size: int, hidden: int = 64, late_context: Sequence[int] = ()
+    ) -> None:
         super().__init__()
+        self.register_buffer("early", torch.ones(context_size), persistent=False)
+        self.early[list(late_context)] = 0.0
         self.from_candidate = nn.Linear(candidate_size, hidden, bias=False)
         self.from_context = nn.Linear(context_size, hidden)
         self.row = nn.Linear(hidden, hidden)
@@ -104,9 +111,13 @@ class DeepSetsEncoder(nn.Module):
         self.summary_out = nn.Linear(hidden, hidden)
 
     def forward(self, context: Tensor, candidates: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.relu(self.from_candidate(candidates) + self.from_context(context).unsqueeze(1))
+        rows = torch.relu(self.from_candidate(candidates) + self.from_early_context(context).unsqueeze(1))
         rows = torch.relu(self.row(rows))
         return rows, self.summarise(context, pool(rows, mask))
+
+    def from_early_context(self, context: Tensor) -> Tensor:
+        """W_c c' + b, what every row sees of the context (B, C): (B, H)."""
+        return self.from_context(context * self.early)
 
     def summarise(self, context: Tensor, pooled: Tensor) -> Tensor:
         """Embedding g (B, H) of the whole set."""
@@ -204,27 +215,42 @@ class PointerNetwork(nn.Module):
         encoder: one of `ENCODERS`.
         hidden: H, width of every layer.
         clip: logits lie in [-clip, clip].
+        late_context: columns of the context that the rows do not see (`DeepSetsEncoder`), only the summary does.
 
     Shapes:
         context float32 (B, C), candidates float32 (B, K, F), mask bool (B, K) -> logits (B, K), values (B,)
     """
 
     def __init__(
-        self, context_size: int, candidate_size: int, encoder: str = "deepsets", hidden: int = 64, clip: float = 10.0
+        self,
+        context_size: int,
+        candidate_size: int,
+        encoder: str = "deepsets",
+        hidden: int = 64,
+        clip: float = 10.0,
+        late_context: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if encoder not in ENCODERS:
             raise ValueError(f"unknown encoder {encoder!r}. Choose one of {ENCODERS}")
+        if late_context and encoder != "deepsets":
+            raise ValueError(f"encoder {encoder!r} shows its rows the whole context. Leave late_context empty")
+        if not set(late_context) <= set(range(context_size)):
+            raise ValueError(f"late_context is {late_context}. Choose from the columns 0 to {context_size - 1}")
         self.config: dict[str, Any] = {
             "context_size": context_size,
             "candidate_size": candidate_size,
             "encoder": encoder,
             "hidden": hidden,
             "clip": clip,
+            "late_context": tuple(late_context),
         }
         self.normalizer = InputNormalizer(context_size, candidate_size)
-        encoder_class = DeepSetsEncoder if encoder == "deepsets" else AttentionEncoder
-        self.encoder = encoder_class(context_size, candidate_size, hidden)
+        self.encoder: DeepSetsEncoder | AttentionEncoder
+        if encoder == "deepsets":
+            self.encoder = DeepSetsEncoder(context_size, candidate_size, hidden, late_context)
+        else:
+            self.encoder = AttentionEncoder(context_size, candidate_size, hidden)
         self.head = PointerHead(hidden, clip)
         self.value_hidden = nn.Linear(hidden, hidden)
         self.value = nn.Linear(hidden, 1)
@@ -240,6 +266,11 @@ class PointerNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.orthogonal_(self.head.query.weight, 0.1)
         nn.init.orthogonal_(self.value.weight, 1.0)
+
+    def show_late_context(self, is_shown: bool) -> None:
+        """Let the rows see the columns of `late_context` after all, or no longer: to learn without them later."""
+        if self.config["late_context"]:
+            self.encoder.early[list(self.config["late_context"])] = float(is_shown)
 
     @property
     def takes_rows(self) -> bool:
@@ -262,7 +293,7 @@ class PointerNetwork(nn.Module):
             self._workspace,
             candidates,
             rows.offsets,
-            encoder.from_context(context),
+            encoder.from_early_context(context),
             encoder.from_candidate.weight,
             encoder.row.weight,
             encoder.row.bias,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class PointerPolicy(MaskableActorCriticPolicy):
         encoder: "deepsets" or "attention".
         hidden: width of the layers.
         clip: logits lie in [-clip, clip].
+        late_context: columns of the context that the rows do not see (`networks.DeepSetsEncoder`).
     """
 
     def __init__(
@@ -53,11 +54,17 @@ class PointerPolicy(MaskableActorCriticPolicy):
         encoder: str = "deepsets",
         hidden: int = 64,
         clip: float = 10.0,
+        late_context: Sequence[int] = (),
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         context_size, candidate_size = pointer_sizes(observation_space)
-        self.network_config: dict[str, Any] = {"encoder": encoder, "hidden": hidden, "clip": clip}
+        self.network_config: dict[str, Any] = {
+            "encoder": encoder,
+            "hidden": hidden,
+            "clip": clip,
+            "late_context": tuple(late_context),
+        }
         self._network_sizes = (context_size, candidate_size)
         if optimizer_kwargs is None:
             # eps as in SB3; one fused pass instead of a dozen small operations for each of the small tensors.

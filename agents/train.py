@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from .checkpoint import (
     versions,
     write_atomically,
 )
-from .clone import LabelledStates, Teacher, clone
+from .clone import LabelledStates, Teacher, clone, student_alone
 from .policy import PointerPolicy
 from .ppo import FastMaskablePPO, Profile
 from .self_label import Labeller, self_label
@@ -96,6 +97,11 @@ class TrainConfig:
     """"deepsets" (has a compiled twin) or "attention"."""
     hidden: int = 64
     """Width of the layers."""
+    late_context: tuple[int, ...] = ()
+    """Columns of the context that the rows do not see (`networks.DeepSetsEncoder`)."""
+    late_steps: int = 0
+    """States labelled by the teacher once the rows have lost sight of these columns; before, they see all. 0: they
+    never see them."""
     n_steps: int = 64
     """Decisions of each environment between two updates."""
     batch_size: int = 2048
@@ -280,7 +286,7 @@ def _build_model(config: TrainConfig, env: SB3VecEnv, seed: int) -> FastMaskable
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm,
         target_kl=config.target_kl,
-        policy_kwargs={"encoder": config.encoder, "hidden": config.hidden},
+        policy_kwargs={"encoder": config.encoder, "hidden": config.hidden, "late_context": config.late_context},
         seed=seed,
     )
 
@@ -307,22 +313,26 @@ class _Run:
 
     def warm_start(self, make_env: MakeEnv, teacher: Teacher, progress: Callable | None) -> None:
         """Clone the teacher, and keep the result as `clone/` and as checkpoint 0."""
-        config = self.config
+        config, policy = self.config, self.model.policy
         env = make_env(config.num_envs, config.seed)
-        result = clone(
-            self.model.policy,
+        imitate = partial(
+            clone,
+            policy,
             env,
             teacher,
-            steps=config.clone_steps,
             rounds=config.clone_rounds,
             passes=config.clone_passes,
             capacity=config.clone_capacity,
             minibatch=min(config.batch_size, 1024),
-            lr=config.clone_lr,
             gamma=config.gamma,
-            seed=config.seed,
             progress=progress,
         )
+        policy.network.show_late_context(config.late_steps > 0)
+        result = imitate(steps=config.clone_steps, lr=config.clone_lr, seed=config.seed)
+        if config.late_steps > 0:
+            # What the rows made of these columns must come from the summary now: few changes, from where it is.
+            policy.network.show_late_context(False)
+            result = imitate(steps=config.late_steps, lr=config.clone_lr / 2, seed=config.seed + 1, beta=student_alone)
         env.close()
         self.agreement = result.agreement
         self.save(self.out / "clone", with_onnx=False)

@@ -14,7 +14,7 @@ from ..baselines.request_scheduling import RULES
 from ..envs.request_scheduling.env import RequestSchedulingVectorEnv, Task
 from ..envs.request_scheduling.rule import Rule
 from ..envs.request_scheduling.sim import Simulator
-from ..envs.request_scheduling.table import FEATURE_VERSION
+from ..envs.request_scheduling.table import FEATURE_VERSION, PICKED_CONTEXT
 from .cells import Cell, all_cells
 from .engine_cells import engine_cells, hf_cpu_cost
 from .headroom import gain_of, score
@@ -109,8 +109,9 @@ def tiny(seed: int, data_dir: DataDir) -> Recipe:
 def agent(seed: int, data_dir: DataDir) -> Recipe:
     """The shipped agent: one policy for every trace, load and objective, full size or small, from training requests.
 
-    It imitates 60 searched rules at once (`teachers`), without being told which cell it is in; PPO goes on from there
-    with a KL term to the clone.
+    It imitates 60 searched rules at once (`teachers`), without being told which cell it is in, and then once more with
+    rows that do not see what has been picked, which spares the engine their embedding at every further pick. PPO, with
+    a KL term to the clone, goes on from there if it is asked for (`--steps 600000`).
     """
     from ..agents.train import TrainConfig
 
@@ -132,8 +133,9 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
         spec=tasks[0].spec.to_dict(),
         feature_version=FEATURE_VERSION,
         seed=seed,
-        total_steps=600_000,
+        total_steps=0,
         hidden=48,
+        late_context=PICKED_CONTEXT,
         num_envs=144,
         n_steps=128,
         batch_size=4096,
@@ -149,13 +151,14 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
         clone_passes=1,
         clone_capacity=300_000,
         clone_lr=2e-3,
+        late_steps=2_400_000,
         checkpoint_every=200_000,
     )
     evaluate = score_against([cell for cell in cells if cell.load == 1.1], teachers, num_requests=1000)
     card = (
         "# The shipped request scheduler\n\nOne policy for every objective and load, on Azure conversation, Azure code "
         "and Mooncake traffic, on a simulated A100 and on the small CPU engine that `deploy` runs. Cloned from rules "
-        "searched per cell on training requests (`experiments/teachers.py`), then PPO with a KL term to the clone.\n"
+        "searched per cell on training requests (`experiments/teachers.py`).\n"
     )
     return Recipe(config, make_env, teacher, evaluate, card)
 
@@ -200,7 +203,7 @@ def of_domain(domain: str, name: str) -> Callable[[int, DataDir], Recipe]:
 
 
 PRESETS: dict[str, Preset] = {
-    "request_scheduling/agent": Preset("the shipped agent: every trace, load and objective; about an hour", agent),
+    "request_scheduling/agent": Preset("the shipped agent: every trace, load and objective; half an hour", agent),
     "request_scheduling/tiny": Preset("a minute: imitate SRPT on azure_conv, then a little PPO for mean latency", tiny),
     "expert_caching/agent": Preset(
         "evict, bypass and prefetch by learned scores, PPO on simulated stalls; a quarter of an hour",

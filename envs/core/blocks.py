@@ -6,7 +6,7 @@ after a forward pass, that is a third of a decision: 34 us for 52 arrays, 14 thr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from numba import typeof, types
 from numba.extending import intrinsic
 
 from .kernel import UNCOUNTED, entry_point, njit
+
+CACHE_LINE = 64
+"""Bytes."""
 
 
 def _load_code(typing_context: Any, address: Any, kind: Any) -> Any:
@@ -63,10 +66,31 @@ def _write(address, arguments):
     _store(address, arguments)
 
 
+def zeros_by_line(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`np.zeros`, from the start of a cache line on: rows of a line's length lie on one each."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def copies_in_one(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies that lie one after another in one block of memory, each from the start of a cache line on.
+
+    Few pages hold all of it, and no vector of an aligned row crosses two lines: 6 of 120 us of a decision whose
+    weights are cold.
+    """
+    starts = np.cumsum([0] + [-(-array.nbytes // CACHE_LINE) * CACHE_LINE for array in arrays.values()])
+    block, copies = zeros_by_line(int(starts[-1]), np.uint8), {}
+    for (name, array), start in zip(arrays.items(), starts[:-1], strict=True):
+        copies[name] = block[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        copies[name][...] = array
+    return copies
+
+
 def block_of(arguments: tuple) -> np.ndarray:
     """uint8 block that holds arguments (arrays, NamedTuples of them, numbers), which must be kept as long as it is."""
-    block = np.zeros(_block_size(arguments) + 64, np.uint8)
-    block = block[-block.ctypes.data % 64 :]
+    block = zeros_by_line(_block_size(arguments), np.uint8)
     _write(block.ctypes.data, arguments)
     return block
 

@@ -82,6 +82,11 @@ CANDIDATE_FEATURES = (
     "waited seconds / longest wait allowed (at most 2)",
 )
 NUM_CONTEXT, NUM_CANDIDATE = len(CONTEXT_FEATURES), len(CANDIDATE_FEATURES)
+PICKED_CONTEXT = tuple(
+    CONTEXT_FEATURES.index(name)
+    for name in ("picked / 16", "prefill tokens picked / 4096", "blocks of the picked / blocks free (at most 2)")
+)
+"""Columns of the context that change from pick to pick; all others stay what they were when the table was opened."""
 
 TABLE_DTYPE = np.dtype(
     [

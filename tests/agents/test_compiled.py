@@ -10,9 +10,9 @@ from schedlab.agents.export import random_observations
 from schedlab.agents.networks import MASKED_LOGIT, PointerNetwork
 
 
-def network(context_size=5, candidate_size=7, hidden=16, normalise=False, seed=0):
+def network(context_size=5, candidate_size=7, hidden=16, normalise=False, seed=0, late_context=()):
     torch.manual_seed(seed)
-    net = PointerNetwork(context_size, candidate_size, hidden=hidden)
+    net = PointerNetwork(context_size, candidate_size, hidden=hidden, late_context=late_context)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -52,6 +52,57 @@ def test_dead_rows_are_not_read():
     np.testing.assert_array_equal(clean, dirty)
     assert (clean[~mask] == np.float32(MASKED_LOGIT)).all()
     assert deepsets_choose(weights, context, candidates, np.zeros(9, bool), clean) == -1
+
+
+@pytest.mark.parametrize("late_context", [(), (1, 4)])
+def test_what_is_remembered_is_what_would_be_computed(late_context):
+    """From call to call a context column, some rows and the mask change, as from pick to pick."""
+    net, rng = network(normalise=True, late_context=late_context), np.random.default_rng(0)
+    weights = pack_weights(net, 11)
+    context, candidates = rng.normal(size=5).astype(np.float32), rng.normal(size=(11, 7)).astype(np.float32)
+    out = np.empty(11, np.float32)
+    for step in range(60):
+        context[4 if step % 3 else 2] += np.float32(0.5)
+        candidates[rng.integers(11)] = rng.normal(size=7)
+        mask = rng.random(11) < 0.7
+        mask[rng.integers(11)] = True
+        value = deepsets_logits(weights, context, candidates, mask, out)
+        with torch.no_grad():
+            logits, values = net(*(torch.as_tensor(part[None]) for part in (context, candidates, mask)))
+        np.testing.assert_allclose(out, logits[0], rtol=1e-4, atol=1e-4)
+        assert value == pytest.approx(values[0].item(), rel=1e-4, abs=1e-4)
+
+
+def test_rows_that_stay_are_computed_once():
+    """Only the late columns change: two passes after the first compute the one row that is new."""
+    net = network(late_context=(1, 4))
+    weights, rng = pack_weights(net, 6), np.random.default_rng(0)
+    context, candidates = rng.normal(size=5).astype(np.float32), rng.normal(size=(6, 7)).astype(np.float32)
+    mask, out = np.ones(6, bool), np.empty(6, np.float32)
+    deepsets_choose(weights, context, candidates, mask, out)
+    weights.keys[:6] = np.nan  # whoever reads them again gives NaN, but for the one row that is computed anew
+    context[4] += 1.0
+    candidates[2] += 1.0
+    deepsets_choose(weights, context, candidates, mask, out)
+    np.testing.assert_array_equal(np.isnan(weights.keys[:6, 0]), np.arange(6) != 2)
+    context[2] += 1.0
+    deepsets_choose(weights, context, candidates, mask, out)
+    assert np.isfinite(weights.keys[:6]).all()
+
+
+def test_nothing_of_a_nan_stays():
+    net = network()
+    weights, rng = pack_weights(net, 6), np.random.default_rng(0)
+    context, candidates = rng.normal(size=5).astype(np.float32), rng.normal(size=(6, 7)).astype(np.float32)
+    mask, clean, again = np.ones(6, bool), np.empty(6, np.float32), np.empty(6, np.float32)
+    deepsets_logits(weights, context, candidates, mask, clean)
+    spoilt, spoilt_context = candidates.copy(), context.copy()
+    spoilt[3, 2] = np.nan
+    spoilt_context[0] = np.nan
+    for arguments in ((context, spoilt), (spoilt_context, candidates), (context, spoilt)):
+        deepsets_logits(weights, *arguments, mask, again)
+    deepsets_logits(weights, context, candidates, mask, again)
+    np.testing.assert_array_equal(clean, again)
 
 
 def test_runs_inside_compiled_code():

@@ -14,8 +14,9 @@ import torch
 from toy import ToyPointerEnv, teacher
 
 from schedlab.agents.checkpoint import load_checkpoint, load_resume
-from schedlab.agents.train import CURVE_COLUMNS, TrainConfig, train
+from schedlab.agents.train import CURVE_COLUMNS, TrainConfig, _build_model, _Run, train
 from schedlab.envs.core.errors import InputError
+from schedlab.envs.core.sb3 import SB3VecEnv
 
 CONFIG = {
     "env_id": "toy",
@@ -114,8 +115,6 @@ def test_restored_state_is_the_saved_state(tmp_path):
     train(config, toy, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "000000002048"
     before = (folder / "resume.safetensors").read_bytes(), load_resume(folder)[1]
-    from schedlab.agents.train import SB3VecEnv, _build_model, _Run
-
     model = _build_model(config, SB3VecEnv(toy(8, 0)), 77)
     run = _Run(config, tmp_path / "other", model, None, "")
     run.restore(folder)
@@ -137,6 +136,25 @@ def test_warm_start_and_reference(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "clone").config["agreement_with_teacher"] == result.agreement
     with pytest.raises(InputError, match="no teacher"):
         train(config, toy, tmp_path / "other")
+
+
+@pytest.mark.parametrize("late_steps", [0, 2048])
+def test_rows_lose_sight_of_the_late_context(tmp_path, late_steps):
+    """With `late_steps` they saw it first: their weights for it have moved."""
+    cloning = {"clone_steps": 2048, "clone_rounds": 4, "clone_lr": 3e-3}
+    config = TrainConfig(**{**CONFIG, **cloning, "total_steps": 0}, late_context=(1,), late_steps=late_steps)
+    labelled = []
+    result = train(
+        config, toy, tmp_path / "run", teacher=teacher, progress=lambda row: labelled.append(row["labelled"])
+    )
+    assert labelled == [512, 1024, 1536, 2048] * (2 if late_steps else 1)
+    network = load_checkpoint(result.final).network
+    start = _build_model(config, SB3VecEnv(toy(8, 0)), config.seed).policy.network
+    moved = (network.encoder.from_context.weight != start.encoder.from_context.weight).any(0)
+    assert moved.tolist() == [True, late_steps > 0]
+    contexts = torch.tensor([[0.3, -0.8], [0.3, 0.9], [0.4, 0.9]])
+    one, other, third = network.encoder.from_early_context(contexts)
+    assert torch.equal(one, other) and not torch.equal(other, third)
 
 
 def test_wrong_use_is_told(tmp_path):

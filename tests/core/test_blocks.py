@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from schedlab.envs.core.blocks import BoundCall, block_of, load
+from schedlab.envs.core.blocks import BoundCall, block_of, copies_in_one, load, zeros_by_line
 from schedlab.envs.core.kernel import UNCOUNTED, njit
 
 
@@ -39,3 +39,22 @@ def test_other_arguments_are_another_block():
 def test_blocks_begin_at_a_cache_line():
     for size in range(1, 40):
         assert block_of((np.zeros(size), size)).ctypes.data % 64 == 0
+
+
+def test_rows_of_a_line_lie_on_one():
+    for shape in (1, 7, (3, 5), (0, 4)):
+        zeros = zeros_by_line(shape, np.dtype([("a", "f8", 7), ("b", "i4", 2)]))
+        assert zeros.shape == np.zeros(shape).shape and zeros.ctypes.data % 64 == 0
+        assert not zeros["a"].any() and zeros.flags.writeable
+
+
+def test_copies_lie_together():
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(5, 3)).astype(np.float32), "flag": np.ones(7, np.int8), "b": rng.normal(size=9)}
+    copies = copies_in_one(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(copies[name], array)
+        assert copies[name].dtype == array.dtype and copies[name].flags.c_contiguous
+    assert [copy.ctypes.data - copies["w"].ctypes.data for copy in copies.values()] == [0, 64, 128]
+    copies["flag"][:] = 0
+    assert arrays["flag"].all() and (copies["b"] == arrays["b"]).all()

@@ -31,6 +31,7 @@ from schedlab.envs.request_scheduling.table import (
     NUM_CANDIDATE,
     NUM_CONTEXT,
     OVERDUE_EVERY,
+    PICKED_CONTEXT,
     Problem,
     Table,
     write_observation,
@@ -264,6 +265,7 @@ def test_update_of_the_observation_equals_writing_it():
         _, info = env.reset(seed=0)
         rng, problem, done = np.random.default_rng(2), Problem.of(task.spec), False
         while not done:
+            before = env.observation()["context"][0].copy()
             action = legal_play(info["action_mask"], rng)
             obs, _, terminated, _, info = env.step(action)
             done = terminated[0]
@@ -271,6 +273,8 @@ def test_update_of_the_observation_equals_writing_it():
             if done or head["num_picked"] + env.batch.levers[0, 0]["num_preempt"] == 0:
                 continue
             picks += head["num_picked"] > 0
+            changed = set(np.flatnonzero(before != obs["context"][0]))
+            assert changed <= {*PICKED_CONTEXT}
             victims += head["victim"] > 0
             context, candidates = np.full_like(obs["context"][0], 9), np.full_like(obs["candidates"][0], 9)
             write_observation(state_of(env), problem, table_of(env), context, candidates)
@@ -377,7 +381,7 @@ def test_the_compiled_policy_is_the_network(case):
     """Stepped from Python, compiled over the whole run, and through torch's network: the same choices."""
     task = CASES[case]()
     torch.manual_seed(0)
-    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16)
+    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16, late_context=PICKED_CONTEXT)
     torch.nn.init.orthogonal_(network.head.query.weight, 3.0)
     weights, served = pack_weights(network, task.spec.num_candidates), []
 
