@@ -34,10 +34,19 @@ from schedlab.baselines.expert_fitted import (
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.expert_caching.check import check_residency, check_times
 from schedlab.envs.expert_caching.metrics import compute_metrics
-from schedlab.envs.expert_caching.rule import Rule
+from schedlab.envs.expert_caching.rule import Rule, evict_lowest, lowest_slot, prefetch
 from schedlab.envs.expert_caching.sim import Simulator
 from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
-from schedlab.envs.expert_caching.state import LOADING, QUEUED, RESIDENT
+from schedlab.envs.expert_caching.state import (
+    AUTO,
+    CANDIDATE,
+    FREE,
+    LOADING,
+    QUEUED,
+    RESIDENT,
+    WAITING,
+    slot_kind,
+)
 from schedlab.envs.expert_caching.timeline import PREFETCH
 from schedlab.envs.expert_caching.workload import Workload, find_routing, generate, load_routing
 
@@ -170,6 +179,45 @@ def test_whom_each_rule_evicts():
     assert evicted(RULES["ema_50"], *play) == [1, 0]  # half of it is gone after two steps
     assert evicted(lrfu_rule(1e9), *play) == evicted(RULES["lfu"], *play)
     assert evicted(lrfu_rule(0.01), *play) == evicted(RULES["lru"], *play)
+
+
+def test_victims_found_at_once_are_those_found_one_by_one():
+    """On random play with prefetches, some of them cancelled, free slots, ties, and keys of minus infinity."""
+    rng = np.random.default_rng(3)
+    for pooled in (False, True):
+        spec = ExpertCachingSpec(cache_share=0.5, num_sequences=3, max_prefetch=6, prefetch_depth=3, pooled=pooled)
+        simulator = Simulator(spec)
+        simulator.reset(generate(12, seed=4))
+        state, decision, done, kinds = simulator.state(), simulator.default_decision(), False, set()
+        while not done:
+            decision = simulator.default_decision()
+            decision.plan[0]["cancel_queued"] = rng.random() < 0.5
+            keys = rng.choice([-np.inf, -1.0, 0.5, 2.0], len(state.slots))
+            one_by_one = []
+            for i in range(state.engine[0]["num_missing"]):
+                layer = int(state.engine[0]["layer"])
+                decision.victims[i] = lowest_slot(state, keys, decision, layer, i, 0)
+                one_by_one.append(int(decision.victims[i]))
+                kinds.add(int(slot_kind(state.experts, state.slots, layer, decision.victims[i])))
+            decision.victims[:] = AUTO
+            evict_lowest(state, keys, decision)
+            assert decision.victims[: len(one_by_one)].tolist() == one_by_one
+            for _ in range(3):
+                target = (state.engine[0]["layer"] + rng.integers(1, 4)) % state.engine[0]["num_layers"]
+                prefetch(state, decision, int(target), int(rng.integers(state.engine[0]["num_experts"])), AUTO)
+            done = simulator.step(decision).done
+        assert kinds == {FREE, CANDIDATE, WAITING}
+
+
+def test_lru_is_what_a_backend_does_by_itself():
+    workload = generate(12, seed=4)
+    for spec in (PLAIN.replace(cache_share=0.25), PLAIN.replace(cache_share=0.25, num_sequences=3, bypass=True)):
+        alone = Simulator(spec)
+        alone.reset(workload)
+        while not alone.step(alone.default_decision()).done:
+            pass
+        chosen = run(RULES["lru"], spec, workload).timeline()
+        assert all(np.array_equal(a, b) for a, b in zip(chosen.loads, alone.timeline().loads, strict=True))
 
 
 def test_static_keeps_what_is_popular():

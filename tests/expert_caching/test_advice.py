@@ -170,4 +170,4 @@ def test_one_rule_is_shown_for_every_task_and_no_other_can_be_followed():
     env = ExpertCachingVectorEnv(1, tasks=tasks, shown=[RULES["lru"]] * 2)
     env.reset(seed=0)
     with pytest.raises(InputError, match="followed while 'lru' is shown"):
-        env.rule_actions([RULES["ema_95"]])
+        env.rule_actions([RULES["arc"]])
