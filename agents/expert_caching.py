@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..envs.core.errors import InputError
-from ..envs.core.kernel import njit
+from ..envs.core.kernel import entry_point, njit
 from ..envs.expert_caching.advice import Advice, stored
 from ..envs.expert_caching.rule import evict_lowest
 from ..envs.expert_caching.sim import Sim, Simulator, has_room, run_epoch
@@ -135,6 +135,8 @@ class LearnedEviction:
     """
 
     is_oracle = False
+    kernel: Any = staticmethod(decide_learned)
+    """Called with the state, `_inputs`, and the decision to be written."""
 
     def __init__(self, name: str, weights: Weights, top_k: int) -> None:
         self.name = name
@@ -151,16 +153,25 @@ class LearnedEviction:
                 remedy="Train one on a trace of this model: python -m schedlab.experiments.expert_caching_gap --help",
             )
         self.memory = new_memory(self.weights, len(state.sequences), shape[2], len(state.slots))
+        self._decide: Any = None
 
     def decide(self, state: State, decision: Decision) -> None:
         """Write the decision for `state` into `decision`; to be called in every epoch."""
-        decide_learned(state, self.weights, self.memory, decision)
+        arguments = (state, *self._inputs, decision)
+        if self._decide is None:  # beside a model that leaves nothing in the caches a look-up of types takes 45 us
+            self._decide = entry_point(self.kernel, *arguments)
+        self._decide(*arguments)
 
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""
         self.reset(simulator.state())
-        while not run_learned(simulator.sim, decide_learned, self.weights, self.memory, simulator.default_decision()):
+        while not run_learned(simulator.sim, self.kernel, *self._inputs, simulator.default_decision()):
             simulator.make_room()
+
+    @property
+    def _inputs(self) -> tuple[Any, Any]:
+        """What the kernel knows, and what it remembers."""
+        return self.weights, self.memory
 
 
 # ------------------------------------------------------------------------------------------- prefetch and bypass
@@ -210,6 +221,8 @@ class LearnedCaching(LearnedEviction):
         knobs: of `by_advice`.
     """
 
+    kernel: Any = staticmethod(decide_advised)
+
     def __init__(self, name: str, weights: Weights, top_k: int, knobs: Knobs | None = None) -> None:
         super().__init__(name, weights, top_k)
         self.knobs = knobs or Knobs()
@@ -218,16 +231,6 @@ class LearnedCaching(LearnedEviction):
         """Forget the previous run. Raises InputError if the weights are for a model of another shape."""
         super().reset(state)
         self.memory = self.memory._replace(knobs=np.array(self.knobs, np.float64))
-
-    def decide(self, state: State, decision: Decision) -> None:
-        """Write the decision for `state` into `decision`; to be called in every epoch."""
-        decide_advised(state, self.weights, self.memory, decision)
-
-    def run(self, simulator: Simulator) -> None:
-        """Serve the simulator's whole workload, compiled."""
-        self.reset(simulator.state())
-        while not run_learned(simulator.sim, decide_advised, self.weights, self.memory, simulator.default_decision()):
-            simulator.make_room()
 
 
 def _told(shape: tuple[int, int, int]) -> str:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..envs.core.kernel import njit
 from ..envs.expert_caching.affinity import Affinity
-from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.state import Decision, State, empty_decision, reset_decision
 from ..envs.expert_caching.table import (
     FEATURE_VERSION,
@@ -33,7 +32,7 @@ from ..envs.expert_caching.table import (
 )
 from .checkpoint import load_checkpoint
 from .compiled import DeepSetsWeights, deepsets_choose, pack_weights
-from .expert_caching import SHIPPED, LearnedCaching, advise, run_learned
+from .expert_caching import SHIPPED, LearnedCaching, advise
 from .expert_caching_checkpoint import load_weights
 from .expert_caching_rule import Knobs, by_advice
 from .expert_caching_score import Memory, Weights
@@ -97,6 +96,8 @@ class PointerCaching(LearnedCaching):
         knobs: of the rule that it sees (`by_advice`).
     """
 
+    kernel: Any = staticmethod(decide_pointer)
+
     def __init__(
         self,
         name: str,
@@ -124,15 +125,9 @@ class PointerCaching(LearnedCaching):
             np.zeros(rows, np.float32),
         )
 
-    def decide(self, state: State, decision: Decision) -> None:
-        """Write the decision for `state` into `decision`; to be called in every epoch."""
-        decide_pointer(state, self.brain, self.desk, decision)
-
-    def run(self, simulator: Simulator) -> None:
-        """Serve the simulator's whole workload, compiled."""
-        self.reset(simulator.state())
-        while not run_learned(simulator.sim, decide_pointer, self.brain, self.desk, simulator.default_decision()):
-            simulator.make_room()
+    @property
+    def _inputs(self) -> tuple[Brain, Desk]:
+        return self.brain, self.desk
 
 
 def load_pointer(

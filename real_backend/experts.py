@@ -24,6 +24,7 @@ import numpy as np
 
 from ..envs.core.errors import InputError
 from ..envs.core.interface import Outcome
+from ..envs.core.kernel import entry_point
 from ..envs.expert_caching.sim import EPOCH_DTYPE, Sim, has_room, new_sim, start
 from ..envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from ..envs.expert_caching.state import (
@@ -171,6 +172,9 @@ class ExpertEngine:
         self._begun = np.zeros(len(self._sim.queue), np.int64)
         self._ready_s = np.full(len(self._sim.queue), np.inf)
         self._arrival_s = np.full(self._gated.num_experts, np.nan)
+        both, seen = (self._sim.state, self._decision), (self._begun, self._ready_s, self._arrival_s)
+        self._reset_decision, self._resolve = entry_point(reset_decision, *both), entry_point(resolve_decision, *both)
+        self._book_epoch = entry_point(book_epoch, self._sim, self._decision, (0.0, 0.0, 0.0), *seen)
         self.next_tokens = np.full(workload.num_tokens, -1)
         self.logits: list[Any] = []
         with _inference_mode():
@@ -190,7 +194,7 @@ class ExpertEngine:
 
     def default_decision(self) -> Decision:
         """This backend's Decision, filled with the default (LRU, no prefetch)."""
-        reset_decision(self._books.state, self._decision)
+        self._reset_decision(self._books.state, self._decision)
         return self._decision
 
     def step(self, decision: Decision) -> Outcome:
@@ -207,7 +211,7 @@ class ExpertEngine:
         sim = self._books
         engine = sim.state.engine[0]
         self._decision_s[engine["epoch"]] = decided - self._answered
-        resolve_decision(sim.state, decision)
+        self._resolve(sim.state, decision)
         with _inference_mode():
             stall_s = self._compute_experts(decision)
             end_s = time.perf_counter() - self._origin
@@ -406,7 +410,7 @@ class ExpertEngine:
         under_way = zip(self._in_flight.items(), progress, strict=True)
         self._in_flight = {key: load for (key, load), (_, ready_at) in under_way if ready_at == np.inf}
         times = (end_s, stall_s, now - self._origin)
-        return book_epoch(self._books, decision, times, self._begun, self._ready_s, self._arrival_s)
+        return self._book_epoch(self._books, decision, times, self._begun, self._ready_s, self._arrival_s)
 
     def _make_room(self) -> None:
         """Double the record of loads when it is full."""
