@@ -4,13 +4,13 @@ A Mixture-of-Experts model whose experts lie in a file (CPU, O_DIRECT) or in pin
 routing trace, held out of training, under each policy and size of cache. A few policies at a time, LRU on demand always
 among them, each with a cache of its own, take turns of a few tokens: a slow second of the machine hits no one alone,
 and a slice of the window is compared with the same slice under LRU. Whoever is not on turn stands still, with its clock
-and its channel. Runs of the calibration stand in between. The clock is the wall's: waiting for reads is what is
-measured.
+and its channel. A run of the calibration takes turns with them, so that it meets the same machine. The clock is the
+wall's: waiting for reads is what is measured.
 
 Beside tokens per second the tables show the ratio to LRU on demand, with the 95% interval of a bootstrap over slices,
 and the bound that no policy of this cache can beat: max(compute, Belady's loads x load time). The simulator serves the
-same windows with the cost model of the calibration, in which none of these policies and none of these tokens took part,
-plus the measured time of each policy's decisions.
+same windows with the cost model of the calibration's run at this size of cache, in which none of these policies and
+none of these tokens took part, plus the measured time of each policy's decisions.
 
 Examples:
 
@@ -59,6 +59,7 @@ ON_DEMAND = "lru"
 """What the others are compared with."""
 EVICTING_AGENT = "agent_on_demand"
 CALIBRATION_TOKENS = 60
+"""At least; as many as a window has, if that is more."""
 RESAMPLES = 2000
 """Of the bootstrap."""
 
@@ -81,13 +82,13 @@ class Args:
     turn_tokens: int = 5
     """Tokens that a policy serves before the next one's turn."""
     together: int = 4
-    """Policies that take turns, LRU included: each needs the memory of its cache."""
+    """Policies that take turns, LRU included, beside the calibration: each needs the memory of its cache."""
     prefetches: int = 1
     """Prefetches that published systems may ask for in a layer (best of 1, 2, 3 and k on training sequences)."""
     json: Path | None = None
     """File for all figures."""
     cost_model: Path | None = None
-    """Cost model of the engine, as written by `schedlab calibrate experts`. Without it one is measured in between."""
+    """Cost model of the engine, as written by `schedlab calibrate experts`. Without it one is measured meanwhile."""
     model: Path | None = None
     """Folder of an OLMoE that recorded the trace. Default: random weights that follow the trace."""
     device: str = "cpu"
@@ -157,7 +158,7 @@ def measure(
     calibration: ExpertCalibration | None = None,
     moved: Callable[[float, str], None] = lambda done, what: None,
 ) -> None:
-    """Serve each window under each contender, and measure the calibration's runs in between.
+    """Serve each window under each contender, the calibration's run of the same size of cache among them.
 
     Args:
         model: what computes.
@@ -165,31 +166,32 @@ def measure(
         groups: who takes turns with whom, and where it is booked.
         windows: what is served.
         turn_tokens: of a turn.
-        calibration: gets a pass with each window; None: nothing is calibrated.
+        calibration: gets a repeat of a run with each group and window; None: nothing is calibrated.
         moved: called with the number of runs that are done, and what comes next.
     """
     num_done = 0
     for number, window in enumerate(windows):
-        to_calibrate = calibration.measure_runs() if calibration is not None else iter(())
-        due = np.linspace(0, calibration.num_runs if calibration is not None else 0, len(groups) + 1).astype(int)
-        for i, group in enumerate(groups):
+        for group in groups:
             moved(num_done, f"window {number + 1}, {', '.join(cell.contender.name for cell in group)}")
-            serve_in_turns(model, routing, group, window, turn_tokens)
+            serve_in_turns(model, routing, group, window, turn_tokens, calibration)
             num_done += len(group)
-            for _ in range(due[i + 1] - due[i]):
-                next(to_calibrate, None)
-        for _ in to_calibrate:  # what a pass measures after its last run
-            pass
 
 
 def serve_in_turns(
-    model: OffloadedModel, routing: str, group: Sequence[Cell], window: Workload, turn_tokens: int
+    model: OffloadedModel,
+    routing: str,
+    group: Sequence[Cell],
+    window: Workload,
+    turn_tokens: int,
+    calibration: ExpertCalibration | None = None,
 ) -> None:
-    """One run of each cell, slice by slice; each slice begins with another one. Booked in the cells."""
+    """One run of each cell, and of the calibration, slice by slice; each slice begins with another one."""
     from ..real_backend.experts import ExpertEngine
 
-    epochs, engines = turn_tokens * window.num_layers, []
-    policies = [cell.contender.make(window) for cell in group]
+    engines: list[ExpertEngine] = []
+    policies: list[Any] = [cell.contender.make(window) for cell in group]
+    num_tokens = [window.num_tokens] * len(group)
+    run = 0
     try:
         for cell, policy in zip(group, policies, strict=True):
             engine = ExpertEngine(model, cell.contender.spec, routing=routing)
@@ -198,28 +200,43 @@ def serve_in_turns(
             policy.reset(engine.state())  # decide once and throw it away: compilation is no part of the run
             policy.decide(engine.state(), engine.default_decision())
             policy.reset(engine.state())
-        slices: list[list[float]] = [[] for _ in group]
-        for turn in range(-(-window.num_tokens // turn_tokens)):
-            for i in range(len(group)):
-                at = (i + turn) % len(group)
-                engines[at].resume()
-                slices[at].append(serve_slice(engines[at], policies[at], epochs))
-                engines[at].pause()
-        for cell, engine, seconds in zip(group, engines, slices, strict=True):
+        if calibration is not None:
+            run = run_at(calibration, group[0].contender.spec.cache_share)
+            engines.append(calibration.open_run(run))
+            policies.append(None)
+            num_tokens.append(calibration.tokens)
+        slices: list[list[float]] = [[] for _ in engines]
+        for turn in range(-(-max(num_tokens) // turn_tokens)):
+            for i in range(len(engines)):
+                at = (i + turn) % len(engines)
+                if turn * turn_tokens < num_tokens[at]:
+                    engines[at].resume()
+                    slices[at].append(serve_slice(engines[at], policies[at], turn_tokens * window.num_layers))
+                    engines[at].pause()
+        for cell, engine, seconds in zip(group, engines, slices, strict=False):
             cell.seconds.append(np.array(seconds))
             cell.deciding_s.append(float(engine.decision_s.sum()))
             cell.timelines.append(engine.timeline())
+        if calibration is not None:
+            calibration.book_run(run, engines[-1])
+            calibration.time_alone()
     finally:
         for engine in engines:
             engine.close()
 
 
+def run_at(calibration: ExpertCalibration, cache_share: float) -> int:
+    """Number of the calibration's run with a cache of this size."""
+    return [spec.cache_share for spec in calibration.specs].index(cache_share)
+
+
 def serve_slice(engine: ExpertEngine, policy: Any, epochs: int) -> float:
-    """Serve some epochs, or what is left. Returns the seconds."""
+    """Serve some epochs, or what is left, under a policy (None: the backend's default). Returns the seconds."""
     seconds = 0.0
     for _ in range(epochs):
         decision = engine.default_decision()
-        policy.decide(engine.state(), decision)
+        if policy is not None:
+            policy.decide(engine.state(), decision)
         outcome = engine.step(decision)
         seconds += outcome.seconds
         if outcome.done:
@@ -254,7 +271,7 @@ def bound(spec: ExpertCachingSpec, windows: Sequence[Workload]) -> dict[str, flo
 def compare(
     groups: Sequence[Sequence[Cell]], windows: Sequence[Workload], cost: CostModel, spec: ExpertCachingSpec
 ) -> dict[str, Any]:
-    """Everything that is shown of one size of cache: {"cache_share", "bound", "rows"}.
+    """Everything that is shown of one size of cache: {"cache_share", "tokens", "cost", "bound", "rows"}.
 
     A row: policy, oracle, seconds of each window on the engine and in the simulator, tokens per second (all tokens over
     all seconds), `speedup` over the LRU that it took turns with, its interval, `of_bound` (bound over measured
@@ -268,7 +285,7 @@ def compare(
         rows += [row_of(cell, on_demand, windows, cost) for cell in ([on_demand, *others] if i == 0 else others)]
     for row in rows:
         row["of_bound"] = least["seconds"] / sum(row["measured_s"])
-    return {"cache_share": spec.cache_share, "tokens": tokens, "bound": least, "rows": rows}
+    return {"cache_share": spec.cache_share, "tokens": tokens, "cost": asdict(cost), "bound": least, "rows": rows}
 
 
 def row_of(cell: Cell, on_demand: Cell, windows: Sequence[Workload], cost: CostModel) -> dict[str, Any]:
@@ -388,25 +405,29 @@ def fidelity(args: Args) -> int:
     specs = [ExpertCachingSpec(cache_share=share, warm_start=True) for share in args.cache_shares]
     line_ups = [line_up(args.policies, spec, trace, args.prefetches) for spec in specs]
     model, routing = open_model(trace.test, args.model, device=args.device, folder=args.folder)
+
+    def new_calibration() -> ExpertCalibration:
+        tokens = max(CALIBRATION_TOKENS, args.tokens)
+        return ExpertCalibration(model, trace.training, routing=routing, tokens=tokens, cache_shares=args.cache_shares)
+
     calibration = None
     if args.cost_model is None:
-        calibration = ExpertCalibration(
-            model, trace.training, routing=routing, tokens=CALIBRATION_TOKENS, cache_shares=args.cache_shares
-        )
-        calibration.measure_pass()
-        cost = calibration.fit()[0]  # agents weigh a prefetch against the time that there is for it
+        before, calibration = new_calibration(), new_calibration()
+        before.measure_pass()
+        cost = before.fit()[0]  # agents weigh a prefetch against the time that there is for it
     else:
         cost = CostModel.load(args.cost_model)
     tables = [groups_of([one.at_cost(cost) for one in contenders], args.together) for contenders in line_ups]
     groups = [group for table in tables for group in table]
     with command.progress("measuring", sum(map(len, groups)) * len(windows)) as bar:
         measure(model, routing, groups, windows, args.turn_tokens, calibration, bar)
-    report: dict[str, Any] = {}
+    costs, report = [cost] * len(specs), dict[str, Any]()
     if calibration is not None:
         cost, report = calibration.fit()
+        costs = [calibration.fit(runs=[run_at(calibration, share)])[0] for share in args.cache_shares]
         command.say(cost.source)
     model.close()
-    results = [compare(table, windows, cost, spec) for table, spec in zip(tables, specs, strict=True)]
+    results = [compare(tables[i], windows, costs[i], spec) for i, spec in enumerate(specs)]
     for result in results:
         show(result)
     if args.json is not None:

@@ -4,7 +4,7 @@ Experts are timed alone, in slots that the caches of the CPU have forgotten. Wha
 decision and its stall (attention, gate, books) is fitted to runs of the engine. A load's time is the one at which the
 model's stalls add up to the measured ones, so that what it costs to wake a thread and to compute beside it is in it;
 reads of several sizes say how much of it is latency. Decisions are the policy's own: `with_decisions` puts them in.
-Wall seconds are what they are: calibrate on a quiet machine, or between the runs that are to be predicted.
+Wall seconds are what they are: calibrate on a quiet machine, or in turns with the runs that are to be predicted.
 """
 
 from __future__ import annotations
@@ -58,14 +58,6 @@ class Epochs(NamedTuple):
         return self.gate_s + self.compute_s
 
 
-class Samples(NamedTuple):
-    """What one pass measured."""
-
-    runs: list[Epochs]
-    computations: dict[int, list[float]]  # `time_experts`
-    reads: dict[int, list[float]]  # `time_reads`
-
-
 def serve(backend: Backend, policy: Policy | None = None) -> float:
     """Run the loaded workload to its end under a policy (None: the backend's default). Returns its seconds."""
     seconds, done = 0.0, False
@@ -92,10 +84,10 @@ def with_decisions(cost: CostModel, decision_s: float) -> CostModel:
 class ExpertCalibration:
     """Measurements of an offloaded model under LRU on demand, taken in passes, and the cost model fitted to them.
 
-    A pass serves the first tokens of a workload once for each size of cache and of batch, and times reads and experts
-    alone. A pass repeats what the first one did, load by load, and an epoch's seconds are the mean of its repeats: a
-    machine whose speed drifts is measured well by passes far apart, with whatever is compared to the model run in
-    between.
+    A run serves the first tokens of a workload with one size of cache and of batch; a pass makes every run once, and
+    times reads and experts alone. A pass repeats what the first one did, load by load, and an epoch's seconds are the
+    mean of its repeats. Where a machine's speed drifts, a run may also be served a few tokens at a time, in turns with
+    whatever is to be predicted (`open_run`, `book_run`, `time_alone`).
 
     Args:
         model: what is measured.
@@ -143,7 +135,12 @@ class ExpertCalibration:
                 f"no cache of {cache_shares} holds what a layer may need at once",
                 remedy="Give larger cache_shares, or a smaller num_sequences",
             )
-        self.passes: list[Samples] = []
+        self.repeats: list[list[Epochs]] = [[] for _ in self.specs]
+        """Of each run, what it took each time."""
+        self.computations: dict[int, list[float]] = {}
+        """Tokens -> seconds of an expert computed for so many (`time_experts`)."""
+        self.reads: dict[int, list[float]] = {}
+        """Bytes -> seconds of reads of that size (`time_reads`)."""
 
     @property
     def num_runs(self) -> int:
@@ -156,55 +153,68 @@ class ExpertCalibration:
             pass
 
     def measure_runs(self) -> Iterator[None]:
-        """`measure_pass` in steps of one run, for whoever measures something else in between."""
-        runs = []
-        for spec in self.specs:
-            runs.append(self._measure_run(spec))
+        """`measure_pass` in steps of one run."""
+        for run in range(self.num_runs):
+            engine = self.open_run(run)
+            try:
+                serve(engine)
+                self.book_run(run, engine)
+            finally:
+                engine.close()
             yield
-        seed = self.seed + len(self.passes)
-        reads = time_reads(self.model, self.base.chunk_bytes, seed)
-        self.passes.append(Samples(runs, time_experts(self.model), reads))
+        self.time_alone()
 
-    def _measure_run(self, spec: ExpertCachingSpec) -> Epochs:
+    def open_run(self, run: int) -> ExpertEngine:
+        """An engine at the start of a run, for the caller to serve without a policy, and to close."""
+        spec = self.specs[run]
         batches = interleave(self.workload.lengths, spec.num_sequences)[: self.tokens // spec.num_sequences]
         engine = ExpertEngine(self.model, spec, routing=self.routing)
-        try:
-            engine.reset(self.workload, self.seed, batches=batches)
-            serve(engine)
-            return epochs_of(engine.timeline(), self.workload.top_k, engine.decision_s)
-        finally:
-            engine.close()
+        engine.reset(self.workload, self.seed, batches=batches)
+        return engine
 
-    def fit(self, name: str | None = None) -> tuple[CostModel, dict[str, Any]]:
-        """The cost model of this name (default "experts-<device>"), and a report.
+    def book_run(self, run: int, engine: ExpertEngine) -> None:
+        """Take note of a run that was served to its end."""
+        self.repeats[run].append(epochs_of(engine.timeline(), self.workload.top_k, engine.decision_s))
 
-        The second half of each run is held out. The report holds the mean seconds of layers, stalls and both, and the
-        errors of the fit in both halves (`errors_of`); the noise of the repeats (the same figures of the whole time,
-        of the last pass against the mean of all); percentiles 10, 50 and 90 of reads and of experts; model, machine,
-        versions.
+    def time_alone(self) -> None:
+        """Time reads and experts once more, with nothing else to do."""
+        reads = time_reads(self.model, self.base.chunk_bytes, self.seed + sum(map(len, self.repeats)))
+        for pool, samples in ((self.reads, reads), (self.computations, time_experts(self.model))):
+            for place, seconds in samples.items():
+                pool.setdefault(place, []).extend(seconds)
+
+    def fit(self, name: str | None = None, runs: Sequence[int] | None = None) -> tuple[CostModel, dict[str, Any]]:
+        """The cost model of this name (default "experts-<device>") and of these runs (default: all), and a report.
+
+        The report holds the mean seconds of layers, stalls and both, and the errors (`errors_of`) of a fit to the first
+        half of each run, in that half and in the second one, which it has not seen; the cost model is of both halves.
+        Also the noise of the repeats (the same figures of the whole time, of the last repeats against the mean of all);
+        percentiles 10, 50 and 90 of reads and of experts; model, machine, versions.
         """
-        if not self.passes:
+        chosen = range(self.num_runs) if runs is None else runs
+        repeats = [self.repeats[run] for run in chosen]
+        if not (all(repeats) and self.reads):
             raise InputError("nothing was measured", remedy="Call measure_pass first")
-        runs = [mean_of([one_pass.runs[i] for one_pass in self.passes]) for i in range(self.num_runs)]
-        fitted = joined([half_of(run, 0) for run in runs])
-        held_out = joined([half_of(run, 1) for run in runs])
-        computations = _pooled([one_pass.computations for one_pass in self.passes])
-        reads = _pooled([one_pass.reads for one_pass in self.passes])
-        cost = fit_times(fitted, self.base, computations, reads)
-        gated, last = self.model.gated, joined(self.passes[-1].runs)
-        noise = _errors(last.layer_s + last.stall_s, joined(runs).layer_s + joined(runs).stall_s)
+        means = [mean_of(of_run) for of_run in repeats]
+        whole, fitted, held_out = joined(means), *(joined([half_of(mean, half) for mean in means]) for half in (0, 1))
+        cost, half_cost = (fit_times(part, self.base, self.computations, self.reads) for part in (whole, fitted))
+        gated, last = self.model.gated, joined([of_run[-1] for of_run in repeats])
+        noise = _errors(last.layer_s + last.stall_s, whole.layer_s + whole.stall_s)
+        num_repeats, specs = min(map(len, repeats)), [self.specs[run] for run in chosen]
         report: dict[str, Any] = {
             "clock": ExpertEngine.clock,
             "workload": self.workload.name,
             "tokens": self.tokens,
-            "runs": [{"cache_share": spec.cache_share, "num_sequences": spec.num_sequences} for spec in self.specs],
-            "repeats": len(self.passes),
+            "runs": [{"cache_share": spec.cache_share, "num_sequences": spec.num_sequences} for spec in specs],
+            "repeats": num_repeats,
             "seed": self.seed,
-            "fit": errors_of(cost, fitted),
-            "held_out": errors_of(cost, held_out),
+            "fit": errors_of(half_cost, fitted),
+            "held_out": errors_of(half_cost, held_out),
             "repeat_noise": noise,
-            "read_s": {size: np.percentile(seconds, [10, 50, 90]).tolist() for size, seconds in reads.items()},
-            "expert_s": {rows: np.percentile(seconds, [10, 50, 90]).tolist() for rows, seconds in computations.items()},
+            "read_s": {size: np.percentile(seconds, [10, 50, 90]).tolist() for size, seconds in self.reads.items()},
+            "expert_s": {
+                rows: np.percentile(seconds, [10, 50, 90]).tolist() for rows, seconds in self.computations.items()
+            },
             "model": {
                 "layers": gated.num_layers,
                 "experts": gated.num_experts,
@@ -215,7 +225,7 @@ class ExpertCalibration:
             "versions": versions(),
         }
         source = (
-            f"{self.num_runs} runs of ExpertEngine on {report['machine']['device_name']}, {len(self.passes)} times, "
+            f"{len(specs)} runs of ExpertEngine on {report['machine']['device_name']}, {num_repeats} times, "
             f"torch {report['versions']['torch']}; held out, error of means: "
             + ", ".join(f"{part} {figures['mean']:+.1%}" for part, figures in report["held_out"].items())
         )
@@ -266,10 +276,6 @@ def half_of(run: Epochs, half: int) -> Epochs:
     """The first (0) or second (1) half of the epochs of a run."""
     middle = len(run.used) // 2
     return Epochs(*(column[:middle] if half == 0 else column[middle:] for column in run))
-
-
-def _pooled(samples: Sequence[dict[int, list[float]]]) -> dict[int, list[float]]:
-    return {place: [seconds for one in samples for seconds in one[place]] for place in samples[0]}
 
 
 def fit_times(

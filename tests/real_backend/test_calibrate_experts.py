@@ -1,6 +1,7 @@
 """Calibration of the expert engine recovers a known cost, and writes a file that the simulator reads."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,15 +119,15 @@ def test_calibration_in_passes_writes_what_the_simulator_reads(model, tmp_path):
     assert calibration.num_runs == 3  # a quarter of 8 experts holds one token's two, not those of two sequences
     for _ in range(2):
         assert sum(1 for _ in calibration.measure_runs()) == 3
-    first, second = (one_pass.runs for one_pass in calibration.passes)
-    for one, other in zip(first, second, strict=True):
+    for one, other in calibration.repeats:
         np.testing.assert_array_equal(one.misses, other.misses)  # what is averaged is the same epochs
         assert (one.compute_s > 0).mean() > 0.9 and not np.array_equal(one.stall_s, other.stall_s)
     cost, report = calibration.fit()
     assert cost.expert_bytes == model.expert_bytes and cost.chunks == 6 and cost.load_s > 0
     assert cost.attention_s + cost.attention_token_s + cost.expert_s + cost.expert_token_s > 0
     assert set(report["held_out"]) == set(report["fit"]) == {"layer", "stall", "time"}
-    parts = report["fit"]
+    (alone, of_one), parts = calibration.fit(runs=[1]), report["fit"]
+    assert of_one["runs"] == report["runs"][1:2] and of_one["repeats"] == 2 and alone.load_s != cost.load_s
     assert parts["time"]["seconds"] == pytest.approx(parts["layer"]["seconds"] + parts["stall"]["seconds"])
     assert report["repeats"] == 2 and report["machine"]["device_name"] in cost.source
     path = tmp_path / "new" / "experts.json"
@@ -137,6 +138,30 @@ def test_calibration_in_passes_writes_what_the_simulator_reads(model, tmp_path):
     with pytest.raises(TypeError):
         write_cost(path, cost, {"not json": object()})
     assert CostModel.load(path) == cost and [p.name for p in path.parent.iterdir()] == ["experts.json"]
+
+
+def test_a_run_in_turns_is_a_repeat_of_one_in_a_piece(model):
+    """Slices with pauses between them, as in `fidelity experts`: the same epochs, and the pauses are not counted."""
+    rng = np.random.default_rng(1)
+    work = record_routing(model, rng.integers(0, 64, (4, 70)).tolist(), name="noise")
+    calibration = ExpertCalibration(model, work, tokens=250, cache_shares=(0.5,), chunk_bytes=4096)
+    calibration.measure_pass()
+    engine, done, paused_s, start_s = calibration.open_run(0), False, 0.0, time.perf_counter()
+    while not done:
+        engine.resume()
+        for _ in range(100):
+            if not done:
+                done = engine.step(engine.default_decision()).done
+        engine.pause()
+        time.sleep(0.05)
+        paused_s += 0.05
+    calibration.book_run(0, engine)
+    engine.close()
+    one, other = calibration.repeats[0]
+    np.testing.assert_array_equal(one.misses, other.misses)
+    measured_s = other.layer_s.sum() + other.decision_s.sum() + other.stall_s.sum()
+    assert paused_s > 0.2 and measured_s < time.perf_counter() - start_s - paused_s
+    assert calibration.fit()[1]["repeats"] == 2
 
 
 def test_the_halves_of_a_run_share_no_epoch():

@@ -113,7 +113,14 @@ def test_command_measures_simulates_and_writes(trace, tmp_path, monkeypatch, cap
     assert main([*arguments, "--folder", str(Path(__file__).parent)]) == 0
     content = json.loads(out.read_text())
     assert [table["cache_share"] for table in content["tables"]] == [0.25, 0.5]
-    assert content["calibration"]["repeats"] == 3 and content["cost"]["expert_bytes"] > 0
+    # in turns with two groups of policies at each size of cache, in two windows
+    assert (
+        content["calibration"]["repeats"] == 4
+        and content["calibration"]["tokens"] == 140
+        and content["cost"]["expert_bytes"] > 0
+    )
+    assert [run["cache_share"] for run in content["calibration"]["runs"]] == [0.25, 0.5]
+    assert content["tables"][0]["cost"] != content["tables"][1]["cost"]  # each of the run that took turns with it
     for table in content["tables"]:
         rows = {row["policy"]: row for row in table["rows"]}
         assert list(rows) == ["lru", "ema_95", "affinity_prefetch", "belady"]
