@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..core.blocks import zeros_by_line
 from ..core.errors import InputError
 from ..core.kernel import njit
 from ..core.vector_env import PointerEnv, PointerVectorEnv
@@ -97,7 +98,7 @@ def empty_batch(num_envs: int, requests: int, positions: int, blocks: int, choic
     i8 = np.int64
     return Batch(
         engine=np.zeros((b, 1), ENGINE_DTYPE),
-        requests=np.zeros((b, n), REQUEST_DTYPE),
+        requests=zeros_by_line((b, n), REQUEST_DTYPE),
         waiting=np.zeros((b, n), i8),
         running=np.zeros((b, n), i8),
         trace=np.zeros((b, n), TRACE_DTYPE),

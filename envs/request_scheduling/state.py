@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.blocks import zeros_by_line
 from ..core.kernel import njit, njit_borrowed
 
 WAITING, RUNNING, FINISHED, REFUSED = 1, 2, 3, 4
@@ -37,29 +38,31 @@ WAITING, RUNNING, FINISHED, REFUSED = 1, 2, 3, 4
 
 REQUEST_DTYPE = np.dtype(
     [
+        # First what is looked at of requests that wait, and there may be thousands: it fits one line of the cache.
         ("arrival_s", "f8"),
         ("prompt_tokens", "i8"),
         ("predicted_output_tokens", "f8"),  # from the declared predictor; the true length is hidden
-        ("prefill_target", "i8"),  # tokens to have in KV before the next token: prompt, plus generated if preempted
-        ("computed_tokens", "i8"),  # tokens in KV now
         ("generated_tokens", "i8"),
         ("cached_tokens", "i8"),  # prefix-cache hit, if admitted now (0 without a prefix cache)
-        ("kv_blocks", "i8"),  # blocks held
-        ("first_token_s", "f8"),  # nan until the first token
-        ("last_token_s", "f8"),  # nan until the first token
         ("ttft_slo_s", "f8"),
         ("tpot_slo_s", "f8"),
         ("slo_weight", "f8"),
+        # What matters most of those that run.
+        ("prefill_target", "i8"),  # tokens to have in KV before the next token: prompt, plus generated if preempted
+        ("computed_tokens", "i8"),  # tokens in KV now
+        ("kv_blocks", "i8"),  # blocks held
+        ("first_token_s", "f8"),  # nan until the first token
+        ("last_token_s", "f8"),  # nan until the first token
         ("admission", "i8"),  # serial number of the latest admission
-        ("slo_class", "i4"),
         ("priority", "i4"),  # lower is more urgent
         ("client", "i4"),
-        ("status", "i4"),
         ("preemptions", "i4"),
-        ("pad", "i4"),
+        ("slo_class", "i2"),
+        ("status", "i2"),
     ],
     align=True,
 )
+"""Two lines of the cache (`zeros_by_line`)."""
 
 ENGINE_DTYPE = np.dtype(
     [
@@ -132,7 +135,8 @@ class Decision(NamedTuple):
 def empty_state(num_requests: int) -> State:
     """A zeroed State for up to `num_requests` requests."""
     n = max(num_requests, 1)
-    return State(np.zeros(1, ENGINE_DTYPE), np.zeros(n, REQUEST_DTYPE), np.zeros(n, np.int64), np.zeros(n, np.int64))
+    requests = zeros_by_line(n, REQUEST_DTYPE)
+    return State(np.zeros(1, ENGINE_DTYPE), requests, np.zeros(n, np.int64), np.zeros(n, np.int64))
 
 
 def empty_decision(num_requests: int) -> Decision:
