@@ -1,8 +1,8 @@
 """Learned schedulers of task graphs: a compiled DeepSets pointer over the action table, greedy or the best of samples.
 
 `PointerScheduling` is a `Policy` over `State`: it runs compiled in the simulator and unchanged on a real executor.
-`SampledPlans` plays one job many times on a simulator of its own before it begins, and keeps the best of these
-schedules as a plan. `sample_best` serves self-labelling, too (`soc_dag_train.py`).
+`sampled_plans` plays one job many times on a simulator of its own before it begins: plans, of which the best is kept.
+`sample_best` serves self-labelling (`soc_dag_train.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import numpy as np
 from ..envs.core.errors import InputError
 from ..envs.core.kernel import njit, njit_borrowed
 from ..envs.soc_dag.env import loss_of
+from ..envs.soc_dag.library import Plan
 from ..envs.soc_dag.sim import Sim, Simulator, run_decision, start
 from ..envs.soc_dag.spec import Soc, SocDagSpec
 from ..envs.soc_dag.state import (
-    BOUND,
     Decision,
     State,
     bind_first,
     empty_decision,
-    is_legal,
     reset_decision,
 )
 from ..envs.soc_dag.table import (
@@ -245,22 +244,28 @@ def log_rule(
 
 
 @njit(cache=True)
-def run_plan(sim: Sim, pe: np.ndarray, before: np.ndarray, decision: Decision) -> None:
-    """Run one job to its end, every task on its PE as soon as it is ready and the one before it there has been bound.
+def draw_plans(
+    sim: Sim,
+    weights: DeepSetsWeights,
+    desk: Desk,
+    log: Log,
+    decision: Decision,
+    temperature: float,
+    seed: int,
+    pe: np.ndarray,
+    times: np.ndarray,
+) -> None:
+    """Play the loaded jobs S times as `sample_best` does; where and when every task ran.
 
-    pe int64 (n,); before int64 (n,): see `before_on_pe`.
+    pe int64 (S, n); times float64 (S, 2, n): start and finish.
     """
-    state = sim.state
-    bind = decision.bind[0]
-    while not sim.books[0].done:
-        reset_decision(decision)
-        for i in range(state.engine[0].num_ready):
-            task = state.ready[i]
-            is_next = before[task] < 0 or state.tasks[before[task]].status >= BOUND
-            if is_next and is_legal(state, task, pe[task], -1):
-                bind.task, bind.pe = task, pe[task]
-                break
-        run_decision(sim, decision)
+    for sample in range(len(pe)):
+        np.random.seed(seed + sample)  # noqa: NPY002 - numba's own generator
+        start(sim)
+        run_pointer(sim, weights, desk, log, decision, temperature if sample > 0 else 0.0)
+        for i in range(pe.shape[1]):
+            task = sim.state.tasks[i]
+            pe[sample, i], times[sample, 0, i], times[sample, 1, i] = task.pe, task.start, task.finish
 
 
 # ----------------------------------------------------------------------------------------------------- policies
@@ -313,52 +318,40 @@ class PointerScheduling:
         run_pointer(sim, self.weights, self.desk_for(sim.state), log, simulator.default_decision(), 0.0)
 
 
-class SampledPlans:
-    """The best of many schedules that the policy draws on a simulator without noise, before the job begins.
+def sampled_plans(
+    policy: PointerScheduling, soc: Soc, dag: Dag, samples: int = 64, temperature: float = 1.0, seed: int = 0
+) -> list[Plan]:
+    """Schedules of one job of this graph that the policy draws on a simulator without noise, before the job begins.
 
     Half of them are drawn backwards: of the graph with its edges turned round, and read from its end, as in
     bidirectional planning (Li and Willis, EJOR 1992). What is decided last, and with least choice, is then its begin.
-
-    Args:
-        policy: what draws them.
-        samples: how many, forwards and backwards together; the greedy ones included.
-        temperature: of the draws.
-        seed: of the draws.
+    The first one of each half is greedy. Data move as soon as they are made, as they do for a plan, all of whose tasks
+    are bound when the job arrives.
     """
-
-    def __init__(self, policy: PointerScheduling, samples: int = 64, temperature: float = 1.0, seed: int = 0) -> None:
-        self.policy, self.samples, self.temperature, self.seed = policy, samples, temperature, seed
-
-    def best(self, spec: SocDagSpec, dag: Dag) -> Simulator:
-        """The simulator at the end of the run of least makespan of one job of this graph.
-
-        Data move as soon as they are made, as they do for a plan, all of whose tasks are bound when the job arrives.
-        """
-        backwards = self.samples // 2
-        simulator = self._best_of(spec.soc, dag, self.samples - backwards)
-        if backwards:
-            drawn = self._best_of(turned_soc(spec.soc), turned(dag), backwards).timeline()
-            pe = drawn.pe[::-1].copy()
-            other = alone_on(spec.soc, dag)
-            run_plan(other.sim, pe, before_on_pe(pe, -drawn.finish[::-1], -drawn.start[::-1]), empty_decision())
-            if other.sim.state.engine[0]["now"] < simulator.sim.state.engine[0]["now"]:
-                return other
-        return simulator
-
-    def _best_of(self, soc: Soc, dag: Dag, samples: int) -> Simulator:
-        """The simulator at the end of the best of samples."""
-        simulator = alone_on(soc, dag)
-        desk, log = self.policy.desk_for(simulator.sim.state), empty_log(0, self.policy.num_candidates)
-        arguments = (simulator.sim, self.policy.weights, desk, log, empty_decision())
-        sample_best(*arguments, samples, self.temperature, self.seed, np.zeros(samples))
-        return simulator
+    backwards = samples // 2
+    plans = drawn_forwards(policy, soc, dag, samples - backwards, temperature, seed)
+    if backwards:
+        drawn = drawn_forwards(policy, turned_soc(soc), turned(dag), backwards, temperature, seed)
+        plans += [read_from_end(plan) for plan in drawn]
+    return plans
 
 
-def alone_on(soc: Soc, dag: Dag) -> Simulator:
-    """A simulator with one job of this graph, whose data move as soon as they are made."""
+def drawn_forwards(
+    policy: PointerScheduling, soc: Soc, dag: Dag, samples: int, temperature: float, seed: int
+) -> list[Plan]:
+    """As `sampled_plans`, all of them forwards."""
     simulator = Simulator(SocDagSpec(soc, transfers="push", objective="makespan"))
     simulator.reset(Workload.from_arrays(dag.name, soc.kind_names, [dag]))
-    return simulator
+    sim, log = simulator.sim, empty_log(0, policy.num_candidates)
+    pe, times = np.empty((samples, dag.num_tasks), np.int64), np.empty((samples, 2, dag.num_tasks))
+    draw_plans(sim, policy.weights, policy.desk_for(sim.state), log, empty_decision(), temperature, seed, pe, times)
+    return [Plan(to, *when) for to, when in zip(pe, times, strict=True)]
+
+
+def read_from_end(plan: Plan) -> Plan:
+    """The plan of a turned graph as one of the graph itself."""
+    end = plan.makespan_us
+    return Plan(plan.pe[::-1], end - plan.finish[::-1], end - plan.start[::-1])
 
 
 def turned(dag: Dag) -> Dag:
@@ -371,14 +364,6 @@ def turned_soc(soc: Soc) -> Soc:
     """The SoC whose links go the other way."""
     bandwidth, latency_us = (tuple(zip(*links, strict=True)) for links in (soc.bandwidth, soc.latency_us))
     return replace(soc, bandwidth=bandwidth, latency_us=latency_us)
-
-
-def before_on_pe(pe: np.ndarray, start: np.ndarray, finish: np.ndarray) -> np.ndarray:
-    """int64 (n,): the task before each on its PE, -1: none; tasks without length come before those they begin with."""
-    before, last = np.full(len(pe), -1), np.full(int(pe.max()) + 1, -1)
-    for task in np.lexsort((np.arange(len(pe)), finish, start)):
-        before[task], last[pe[task]] = last[pe[task]], task
-    return before
 
 
 def load_pointer(folder: str | PathLike[str] = SHIPPED, name: str | None = None) -> PointerScheduling:

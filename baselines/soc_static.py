@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..envs.core.errors import InputError
 from ..envs.core.kernel import entry_point, njit, njit_borrowed
 from ..envs.soc_dag.library import (
     Graph,
+    Plan,
     link_sums,
     mean_time,
     mean_transfer_us,
@@ -27,24 +28,6 @@ from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.spec import uniform_soc
 from ..envs.soc_dag.state import READY, is_legal
 from ..envs.soc_dag.workload import Dag
-
-
-class Plan(NamedTuple):
-    """Where and when every task of one graph runs."""
-
-    pe: np.ndarray  # (n,) int64
-    start: np.ndarray  # (n,) float64 us
-    finish: np.ndarray  # (n,) float64 us
-
-    @property
-    def makespan_us(self) -> float:
-        return float(self.finish.max())
-
-    @property
-    def order(self) -> np.ndarray:
-        """int64 (n,): the tasks in the order of their start; tasks without length before those that begin with them."""
-        return np.lexsort((np.arange(len(self.start)), self.finish, self.start))
-
 
 # ------------------------------------------------------------------------------------- a schedule being built
 

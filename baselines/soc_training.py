@@ -8,11 +8,11 @@ import numpy as np
 from scipy.optimize import linprog
 
 from ..envs.core.errors import InputError
-from ..envs.soc_dag.library import Graph
+from ..envs.soc_dag.library import Graph, Plan
 from ..envs.soc_dag.spec import Soc
 from ..envs.soc_dag.training import MoeCosts, Pipeline, moe_layer
 from ..envs.soc_dag.workload import Dag
-from .soc_static import Plan, plan_of_order
+from .soc_static import plan_of_order
 
 Order = Callable[[Pipeline, int], list[int]]
 """Tasks of one stage, in the order in which it runs them."""

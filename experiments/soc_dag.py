@@ -17,7 +17,7 @@ from . import deploy, evaluate
 from .domain import Deployment, Moved, Served, check_named_once, weights_digest
 
 if TYPE_CHECKING:
-    from ..baselines.soc_static import Plan
+    from ..envs.soc_dag.library import Plan
     from ..envs.soc_dag.spec import Soc, SocDagSpec
     from ..envs.soc_dag.workload import Dag, Stream, Workload
 
@@ -36,8 +36,10 @@ DEADLINE_SLACK = 3.0
 """Deadlines, as multiples of a job's shortest possible latency."""
 COMPARED = ("heft_rt", "late_srpt")
 """Rules that agents are shown beside."""
-AGENT = r"agent(?:_([1-9]\d*))?"
-"""The shipped agent: deciding online, or planning by the best of so many schedules."""
+AGENT = r"agent(?:_([1-9]\d*)(_climb)?)?"
+"""The shipped agent: deciding online, or planning by the best of so many schedules, with local search from each."""
+CLIMB = r"climb_([1-9]\d*)"
+"""Local search from the plans of the static schedulers, so many times."""
 
 
 @dataclass
@@ -222,18 +224,33 @@ def static_planner(name: str) -> Planner:
     return Planner(name, plan, (STATIC[name].__doc__ or "").splitlines()[0])
 
 
-def sampling_planner(name: str, samples: int) -> Planner:
-    """The shipped agent, planning every graph by the best of its schedules. Raises InputError."""
-    from ..agents.soc_dag import SampledPlans, load_pointer
-    from ..baselines.soc_static import Plan
+def sampling_planner(name: str, samples: int, is_climbed: bool) -> Planner:
+    """The shipped agent, planning every graph by the best of its schedules, after local search from each if wanted.
 
-    sampled = SampledPlans(load_pointer(), samples)
+    Raises InputError.
+    """
+    from ..agents.soc_dag import load_pointer, sampled_plans
+    from ..baselines.soc_climb import MOVES, best_climbed
+    from ..envs.soc_dag.library import Graph
+
+    agent, moves = load_pointer(), MOVES if is_climbed else 0
 
     def plan(dag: Dag, spec: SocDagSpec) -> Plan:
-        timeline = sampled.best(spec, dag).timeline()
-        return Plan(timeline.pe, timeline.start, timeline.finish)
+        return best_climbed(Graph.of(dag, spec.soc), sampled_plans(agent, spec.soc, dag, samples), moves)
 
-    return Planner(name, plan, f"best of {samples} schedules of the shipped agent")
+    climbed = f", each climbed by {moves} moves" if moves else ""
+    return Planner(name, plan, f"best of {samples} schedules of the shipped agent{climbed}")
+
+
+def climbing_planner(name: str, starts: int) -> Planner:
+    """The best of `starts` climbs from the plans of the static schedulers."""
+    from ..baselines.soc_climb import climb_from_static
+    from ..envs.soc_dag.library import Graph
+
+    def plan(dag: Dag, spec: SocDagSpec) -> Plan:
+        return climb_from_static(Graph.of(dag, spec.soc), starts)
+
+    return Planner(name, plan, f"best of {starts} climbs from the plans of the static schedulers")
 
 
 def checkpoint_of(name: str) -> Path | None:
@@ -264,8 +281,10 @@ def find_policies(names: Sequence[str]) -> list[Any]:
             found.append(RULES[name])
         elif name in STATIC:
             found.append(static_planner(name))
+        elif climbing := re.fullmatch(CLIMB, name):
+            found.append(climbing_planner(name, int(climbing[1])))
         elif (planning := re.fullmatch(AGENT, name)) and planning[1]:
-            found.append(sampling_planner(name, int(planning[1])))
+            found.append(sampling_planner(name, int(planning[1]), bool(planning[2])))
         elif (folder := checkpoint_of(name)) is not None:
             found.append(load_pointer(folder, name))
         else:
@@ -273,7 +292,8 @@ def find_policies(names: Sequence[str]) -> list[Any]:
             raise InputError(
                 f"no policy is called {name!r}",
                 remedy=(f"Did you mean {close[0]!r}? " if close else "")
-                + f"Policies are {', '.join([*RULES, *STATIC])}, agent, agent_<samples>, or a checkpoint folder",
+                + f"Policies are {', '.join([*RULES, *STATIC])}, climb_<starts>, agent, agent_<samples>, "
+                "agent_<samples>_climb, or a checkpoint folder",
             )
     return found
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..baselines.soc_linear import linear_rule
-from ..baselines.soc_static import STATIC, Plan, plan_rule
+from ..baselines.soc_static import STATIC, plan_rule
 from ..envs.soc_dag.env import SocDagVectorEnv
 from ..envs.soc_dag.generate import cpu_gpu_soc, random_layered, random_stream, tiled
-from ..envs.soc_dag.library import Graph
+from ..envs.soc_dag.library import Graph, Plan
 from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.spec import Soc, SocDagSpec, uniform_soc
 from ..envs.soc_dag.table import FEATURE_VERSION

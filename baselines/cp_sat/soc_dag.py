@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ...envs.core.errors import InputError
-from ...envs.soc_dag.library import Graph
+from ...envs.soc_dag.library import Graph, Plan
 from ...envs.soc_dag.spec import Soc
 from ...envs.soc_dag.workload import Dag
-from ..soc_static import STATIC, Plan, plan_of_order
+from ..soc_static import STATIC, plan_of_order
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Task graphs on one SoC as flat arrays, for kernels: times by PE, edges both ways, links, upward ranks.
 
 `Graph` is what static schedulers (HEFT and its kin) read, one graph at a time. `Library` is what the simulator copies a
-job from when it arrives: the graphs of a workload end to end.
+job from when it arrives: the graphs of a workload end to end. A `Plan` is a schedule of one graph.
 """
 
 from __future__ import annotations
@@ -48,6 +48,23 @@ class Graph(NamedTuple):
             bandwidth,
             np.array([soc.whole_us], np.int64),
         )
+
+
+class Plan(NamedTuple):
+    """Where and when every task of one graph runs."""
+
+    pe: np.ndarray  # (n,) int64
+    start: np.ndarray  # (n,) float64 us
+    finish: np.ndarray  # (n,) float64 us
+
+    @property
+    def makespan_us(self) -> float:
+        return float(self.finish.max())
+
+    @property
+    def order(self) -> np.ndarray:
+        """int64 (n,): the tasks in the order of their start; tasks without length before those that begin with them."""
+        return np.lexsort((np.arange(len(self.start)), self.finish, self.start))
 
 
 @njit_borrowed

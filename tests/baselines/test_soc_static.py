@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from schedlab.baselines.soc_static import (
     STATIC,
-    Plan,
     cpop,
     heft,
     lookahead_heft,
@@ -24,7 +23,7 @@ from schedlab.baselines.soc_training import assign_by_lp, choose_chunks, moe_pla
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.soc_dag.check import check_schedule
 from schedlab.envs.soc_dag.generate import cpu_gpu_soc, random_layered, tiled, topcuoglu
-from schedlab.envs.soc_dag.library import Graph
+from schedlab.envs.soc_dag.library import Graph, Plan
 from schedlab.envs.soc_dag.sim import Simulator
 from schedlab.envs.soc_dag.spec import PeKind, Soc, SocDagSpec, uniform_soc
 from schedlab.envs.soc_dag.training import Group, MoeCosts, holmes, pipeline, sequence_batch
