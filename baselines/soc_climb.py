@@ -113,7 +113,7 @@ def climb_kernel(graph, order, pe, moves, seed):
 
 
 def climb(graph: Graph, plan: Plan, moves: int = MOVES, seed: int = 0) -> Plan:
-    """A plan that is never longer: `moves` random moves of critical tasks, of which those that do not lengthen it are kept.
+    """A plan that is never longer: `moves` random moves of critical tasks, undone where they lengthen it.
 
     A task moves to any PE and any place in the order that its precedences allow (Wu, Shu and Gu: Efficient local search
     for DAG scheduling, TPDS 2001). Without moves: the plan with every task as early as its order allows.

@@ -14,14 +14,15 @@ import numpy as np
 from ..envs.core.kernel import njit_borrowed, njit_inlined
 from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.spec import SocDagSpec
-from ..envs.soc_dag.state import IDLE, LATE, WAIT, data_from, free_at
+from ..envs.soc_dag.state import FETCHING, IDLE, LATE, WAIT, data_from, free_at, nominal_us
 
-ARRIVED, RANK, REMAINING, SHORTEST, SOONEST, LAST, START, LAXITY = range(8)
+ARRIVED, RANK, REMAINING, SHORTEST, SOONEST, LAST, START, LAXITY, LONGEST = range(9)
 """Orders: as they became ready; highest upward rank; least work left in the job; shortest best time; earliest and
-latest finish on the PE of choice; earliest begin there; least laxity (deadline less rank)."""
+latest finish on the PE of choice; earliest begin there; least laxity (deadline less rank); longest mean time."""
 
-FINISH, FASTEST, FREE, BEGIN, ENERGY = range(5)
-"""Choices of PE: earliest finish; shortest execution; earliest free; earliest begin; least energy."""
+FINISH, FASTEST, FREE, BEGIN, ENERGY, COMPUTED = range(6)
+"""Choices of PE: earliest finish; shortest execution; earliest free; earliest begin; least energy; earliest finish if
+data were everywhere at once."""
 
 
 @njit_inlined
@@ -35,7 +36,20 @@ def static_key(order, task, job):
         return task.best
     if order == LAXITY:
         return job.deadline - task.rank
+    if order == LONGEST:
+        return -task.mean
     return 0.0
+
+
+@njit_inlined
+def computed_by(state, pe):
+    """When a PE would be done with all that is bound to it, were there no transfers, and nothing overdue."""
+    row, now = state.pes[pe], state.engine[0].now
+    if row.status == IDLE:
+        return now
+    if row.status == FETCHING:
+        return now + nominal_us(state, row.task, pe, state.tasks[row.task].level) + row.queued
+    return max(now, row.expected_end + row.queued)
 
 
 @njit_borrowed
@@ -74,6 +88,8 @@ def listed(state, params, memory, decision):
                     value = free
                 elif choice == BEGIN:
                     value = begin
+                elif choice == COMPUTED:
+                    value = computed_by(state, pe) + spent
                 elif choice == ENERGY:
                     value = spent * levels[pe, level].watts
                 if value < least or (value == least and begin + spent < tied):
@@ -193,7 +209,7 @@ RULES: dict[str, Rule] = {
         listed_rule("stf", SHORTEST, FINISH, source="shortest task first of DS3"),
         listed_rule("min_min", SOONEST, FINISH, source=_BRAUN),
         listed_rule("max_min", LAST, FINISH, source=_BRAUN),
-        listed_rule("heft_rt", RANK, FINISH, source=_MACK),
+        listed_rule("heft_rt", LONGEST, COMPUTED, source=f"DS3's and gym_ds3's; {_MACK}"),
         late_rule("late_fifo", ARRIVED),
         late_rule("late_rank", RANK),
         late_rule("late_srpt", REMAINING, "Schrage, Operations Research 1968, over the jobs' remaining work"),

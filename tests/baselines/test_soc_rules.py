@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ THREE = Dag.from_arrays("three", [[4, 9], [2, 3], [6, 7]])
 )
 def test_decisions_by_hand(name, expected):
     assert run(name, [THREE]) == expected
+
+
+def test_heft_rt_sees_ready_tasks_alone():
+    """HEFT over the ready tasks only: neither what comes behind them nor where their data are counts (DS3)."""
+    first_of_chain = Dag.from_arrays("chain", [[2, 9], [50, 60]], [(0, 1)])
+    alone = Dag.from_arrays("alone", [[4, 9]])
+    assert run("heft_rt", [first_of_chain, alone]) == ([0, 0, 0], [4, 6, 0])
+    linked = replace(TWO, bandwidth=((1.0, 1.0), (1.0, 1.0)), self_bandwidth=math.inf)
+    far = Dag.from_arrays("far", [[9, 3], [4, 8]], [(0, 1)], [100.0])
+    assert run("heft_rt", [far], soc=linked) == ([1, 0], [0, 103])
+    assert run("eft", [far], soc=linked) == ([1, 1], [0, 3])
 
 
 def test_late_tasks_wait_for_a_better_pe():
