@@ -244,6 +244,17 @@ def log_rule(
 
 
 @njit(cache=True)
+def play_sampled(
+    sim: Sim, weights: DeepSetsWeights, desk: Desk, log: Log, decision: Decision, temperature: float, seed: int
+) -> float:
+    """Play the loaded jobs once, sampled, into `log`. Returns the objective."""
+    np.random.seed(seed)  # noqa: NPY002 - numba's own generator
+    start(sim)
+    run_pointer(sim, weights, desk, log, decision, temperature)
+    return loss_of(sim)
+
+
+@njit(cache=True)
 def draw_plans(
     sim: Sim,
     weights: DeepSetsWeights,

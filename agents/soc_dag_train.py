@@ -1,4 +1,5 @@
-"""Self-labelling for task graphs: the best of many sampled schedules is the teacher of the next round.
+"""Self-labelling for task graphs: the best of many sampled schedules is the teacher of the next round. And groups of
+runs under the same noise, for the policy gradient that follows (`group_gradient`).
 
 Corsini, Porrello, Calderara, Dell'Amico: Self-labeling the job shop scheduling problem, NeurIPS 2024. Where a plan or a
 rule does better on an instance than all samples, it is imitated instead: so the first rounds are the warm start (by
@@ -21,7 +22,7 @@ from ..envs.soc_dag.state import empty_decision
 from ..envs.soc_dag.workload import Workload
 from .compiled import DeepSetsWeights, pack_weights
 from .networks import PointerNetwork
-from .soc_dag import Log, empty_desk, empty_log, log_rule, sample_best
+from .soc_dag import Log, empty_desk, empty_log, log_rule, play_sampled, sample_best
 
 
 class Instance(NamedTuple):
@@ -35,9 +36,11 @@ class Instance(NamedTuple):
     """What is imitated where it does better than the samples: plans of this very instance, or online rules."""
     samples: int
     """Schedules to draw, the greedy one included. 0: none; the first rule labels what the policy visits."""
+    share: float = 1.0
+    """Share of the states that is kept, drawn at random: long runs need not have more of a say than short ones."""
 
 
-FOLLOWED = 0.3
+FOLLOWED = 0.1
 """Share of its own choices that a rule gets while it labels what the policy visits."""
 
 Draw = Callable[[np.random.Generator, int], Instance]
@@ -75,8 +78,8 @@ def label(instance: Instance, weights: DeepSetsWeights, temperature: float, seed
         log_rule(sim, rule.decide_kernel, rule.param_array, memory, weights, share, seed, desk, other, decision)
         if not loss_of(sim) >= best:  # nan: there are no samples
             log, best, is_own = other, float(loss_of(sim)), False
-    count = int(log.written[0])
-    log = Log._make(array[:count] for array in log)
+    kept = np.flatnonzero(np.random.default_rng(seed).random(int(log.written[0])) < instance.share)
+    log = Log._make([*(array[kept] for array in log[:-1]), log.written])
     return Labelled(log, (log.loss - best).astype(np.float32), float(losses[0]), best, is_own)
 
 
@@ -117,3 +120,54 @@ def states_of(schedules: Sequence[Labelled]) -> dict[str, torch.Tensor]:
         for key, field in names.items()
     }
     return store | {"returns": torch.from_numpy(np.concatenate([one.returns for one in schedules]))}
+
+
+class GroupsOfRuns:
+    """A `group_gradient.Player`: sampled runs of noisy instances, in groups that share jobs and noise.
+
+    The advantage of a run's decisions is how much less than the mean of its group it lost, as a share of that.
+
+    Args:
+        draw: instances to play; their `samples` are the runs of a group, their rules are not used.
+        instances: groups in a round.
+        share: of the states that is learned from, drawn at random.
+        seed: of instances and samples.
+    """
+
+    def __init__(self, draw: Draw, instances: int, share: float = 0.3, seed: int = 0) -> None:
+        self.draw, self.instances, self.share, self.seed = draw, instances, share, seed
+
+    def __call__(self, network: PointerNetwork, index: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """States of the runs with their advantages, and the mean spread of a group."""
+        rng = np.random.default_rng([self.seed, index, 1])
+        parts: dict[str, list[np.ndarray]] = {key: [] for key in ("context", "candidates", "action_mask", "actions")}
+        advantages, spreads = [], []
+        for _ in range(self.instances):
+            logs, losses = play_group(self.draw(rng, index), network, self.share, rng)
+            gains = (1.0 - losses / losses.mean()).astype(np.float32)
+            advantages.append(np.repeat(gains, [len(log.actions) for log in logs]))
+            spreads.append(float(gains.std()))
+            for key, arrays in parts.items():
+                arrays += [getattr(log, key) for log in logs]
+        states = {key: torch.from_numpy(np.concatenate(arrays)) for key, arrays in parts.items()}
+        states["advantages"] = torch.from_numpy(np.concatenate(advantages))
+        return states, {"spread": float(np.mean(spreads))}
+
+
+def play_group(
+    instance: Instance, network: PointerNetwork, share: float, rng: np.random.Generator
+) -> tuple[list[Log], np.ndarray]:
+    """What was seen and chosen in `instance.samples` sampled runs, thinned to `share`, and each one's objective."""
+    spec, workload = instance.spec, instance.workload
+    simulator = Simulator(spec.replace(binding="late"))
+    simulator.reset(workload, instance.seed)
+    sim, rows = simulator.sim, spec.num_candidates
+    desk = empty_desk(rows, len(sim.state.pes), len(sim.state.jobs), len(sim.state.tasks))
+    log, decision = empty_log(4 * workload.num_tasks, rows), empty_decision()
+    weights, logs, losses = pack_weights(network, rows), [], []
+    for _ in range(instance.samples):
+        seed = int(rng.integers(1 << 30))
+        losses.append(play_sampled(sim, weights, desk, log, decision, 1.0, seed))
+        kept = np.flatnonzero(rng.random(int(log.written[0])) < share)
+        logs.append(Log._make([*(array[kept] for array in log[:-1]), log.written]))
+    return logs, np.array(losses)

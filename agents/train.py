@@ -3,7 +3,7 @@
 - `config.json`: the resolved configuration, seed, versions, commit
 - `curve.csv`: one row an iteration: returns, losses, decisions per CPU second
 - `tensorboard/`: the same for TensorBoard
-- `clone/`: the policy after imitation and self-labelling, if there were any: start of PPO, reference of its KL term
+- `clone/`: the policy after imitation and self-labelling, if there were any: start and reference of what follows
 - `checkpoints/N/`: policy and everything needed to go on after N decisions (the latest two are kept)
 - `best/`: the policy that `evaluate` liked best, if given
 - `final/`: the result, with its ONNX file
@@ -46,6 +46,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .clone import LabelledStates, Teacher, clone, student_alone
+from .group_gradient import Player, group_gradient
 from .policy import PointerPolicy
 from .ppo import FastMaskablePPO, Profile
 from .self_label import Labeller, self_label
@@ -134,8 +135,13 @@ class TrainConfig:
     label_capacity: int = 30_000
     """Labelled states held."""
     label_lr: float = 2e-3
-    label_checkpoint_every: int = 10
-    """Rounds between two checkpoints."""
+    group_rounds: int = 0
+    """Rounds of policy gradient over groups of runs after that; needs a player, and a labeller for what is kept."""
+    group_lr: float = 3e-4
+    group_kl: float = 1.0
+    """Weight of KL(policy before || policy) in the labeller's states."""
+    rounds_per_checkpoint: int = 10
+    """Of self-labelling and of the policy gradient over groups."""
     checkpoint_every: int = 500_000
     """Decisions between two checkpoints."""
     torch_threads: int = 1
@@ -175,12 +181,15 @@ def train(
     *,
     teacher: Teacher | None = None,
     labeller: Labeller | None = None,
+    player: Player | None = None,
+    keeper: Labeller | None = None,
     evaluate: Evaluate | None = None,
     resume: bool = False,
     card: str = "",
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainResult:
-    """Train a policy: cloned from `teacher` first, if one is given, then by `labeller`, if given, then by PPO.
+    """Train a policy: cloned from `teacher` first, if one is given, then by `labeller`, then on the runs of `player`,
+    if these are given, then by PPO.
 
     A resumed run goes on from the latest checkpoint with its weights, optimizer, generators, counters and schedules;
     what cannot be kept is the state of the environments, which start new episodes (drawn from a new seed).
@@ -191,6 +200,8 @@ def train(
         out: the run folder.
         teacher: labels states for the warm start.
         labeller: finds states to imitate with the policy itself (`self_label`).
+        player: plays groups of runs that share their noise (`group_gradient`).
+        keeper: finds states in which the policy stays as it is while it learns from these.
         evaluate: measures the policy at every checkpoint.
         resume: go on where `out` left off; starts afresh if there is nothing yet.
         card: Markdown for the final checkpoint's card.
@@ -205,6 +216,10 @@ def train(
         raise InputError(f"kl_coef is {config.kl_coef} but there is no teacher", remedy="Give a teacher, or kl_coef=0")
     if config.label_rounds and labeller is None:
         raise InputError(f"label_rounds is {config.label_rounds} but there is no labeller", remedy="Give one, or 0")
+    if config.group_rounds and (player is None or keeper is None or labeller is None):
+        raise InputError(
+            f"group_rounds is {config.group_rounds} but player, keeper or labeller is missing", remedy="Give all, or 0"
+        )
     latest = _open_run(out, config, resume)
     start = int(latest.name) if latest else 0
 
@@ -218,6 +233,8 @@ def train(
         run.warm_start(make_env, teacher, progress)
     if labeller is not None and run.rounds < config.label_rounds:
         run.self_label(labeller, vector_env.single_observation_space, progress)
+    if player is not None and keeper is not None and run.group_rounds < config.group_rounds:
+        run.group_gradient(player, keeper, progress)
     if config.kl_coef:
         model.set_reference(load_checkpoint(out / "clone").network, config.kl_coef)
 
@@ -304,6 +321,7 @@ class _Run:
         self.start_s = time.process_time()
         self.saved_at = -1
         self.rounds = 0  # of self-labelling that are done
+        self.group_rounds = 0  # of the policy gradient over groups
         self.start = 0  # decisions when this process began
 
     @property
@@ -344,11 +362,7 @@ class _Run:
 
         def moved(figures: dict[str, float]) -> None:
             self.rounds = int(figures["label_round"]) + 1
-            if self.rounds % config.label_checkpoint_every == 0 or self.rounds == config.label_rounds:
-                self.saved_at = -1
-                self.save_checkpoint()
-            if progress is not None:
-                progress(figures)
+            self._end_round(self.rounds, config.label_rounds, figures, progress)
 
         self_label(
             self.model.policy,
@@ -363,6 +377,37 @@ class _Run:
             progress=moved,
         )
         self.save(self.out / "clone", with_onnx=False)
+
+    def group_gradient(self, player: Player, keeper: Labeller, progress: Callable | None) -> None:
+        """Learn from the runs of `player`, near `clone/` in the states of `keeper`."""
+        config = self.config
+
+        def moved(figures: dict[str, float]) -> None:
+            self.group_rounds = int(figures["group_round"]) + 1
+            self._end_round(self.group_rounds, config.group_rounds, figures, progress)
+
+        reference = load_checkpoint(self.out / "clone").network
+        group_gradient(
+            self.model.policy,
+            player,
+            keeper(reference, config.label_rounds)[0],
+            reference,
+            rounds=config.group_rounds,
+            first_round=self.group_rounds,
+            lr=config.group_lr,
+            kl_coef=config.group_kl,
+            minibatch=config.batch_size,
+            seed=config.seed,
+            progress=moved,
+        )
+
+    def _end_round(self, done: int, rounds: int, figures: dict[str, float], progress: Callable | None) -> None:
+        """Keep what a resumed run needs every few rounds, and after the last one."""
+        if done % self.config.rounds_per_checkpoint == 0 or done == rounds:
+            self.saved_at = -1
+            self.save_checkpoint()
+        if progress is not None:
+            progress(figures)
 
     def save(self, folder: Path, *, with_onnx: bool, resume: tuple | None = None) -> Path:
         """Write the policy as it is now."""
@@ -397,6 +442,7 @@ class _Run:
             "agreement": self.agreement,
             "best_score": self.best_score,
             "rounds": self.rounds,
+            "group_rounds": self.group_rounds,
         }
         folder = self.out / "checkpoints" / f"{model.num_timesteps:012d}"
         self.save(folder, with_onnx=False, resume=(tensors | random, values))
@@ -436,7 +482,7 @@ class _Run:
             model._n_updates = values["n_updates"]
             self.cpu_s_before = values["cpu_s"]
             self.agreement, self.best_score = values["agreement"], values["best_score"]
-            self.rounds = values["rounds"]
+            self.rounds, self.group_rounds = values["rounds"], values.get("group_rounds", 0)
         except (KeyError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"training cannot go on from here ({error!r})",

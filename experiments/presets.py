@@ -24,6 +24,7 @@ from .teachers import load_teachers
 
 if TYPE_CHECKING:
     from ..agents.clone import Teacher
+    from ..agents.group_gradient import Player
     from ..agents.self_label import Labeller
     from ..agents.train import Evaluate, MakeEnv, TrainConfig
 
@@ -40,6 +41,8 @@ class Recipe:
     evaluate: Evaluate | None = None
     card: str = ""
     labeller: Labeller | None = None
+    player: Player | None = None
+    keeper: Labeller | None = None
 
 
 @dataclass(frozen=True)

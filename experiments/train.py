@@ -61,15 +61,19 @@ def train_preset(args: Args) -> TrainResult:
     config = replace(recipe.config, **{name: value for name, value in changes.items() if value is not None})
     out = args.out or Path("runs") / args.preset.replace("/", "_")
     clone = config.clone_steps if recipe.teacher is not None else 0
-    with command.progress(f"training {args.preset}", max(config.total_steps + clone + config.label_rounds, 1)) as bar:
+    rounds = config.label_rounds + config.group_rounds
+    with command.progress(f"training {args.preset}", max(config.total_steps + clone + rounds, 1)) as bar:
 
         def moved(row: dict[str, float]) -> None:
             if "labelled" in row:
                 bar(row["labelled"], f"imitating, agreement {row['agreement']:.2f}")
             elif "label_round" in row:
                 bar(clone + row["label_round"] + 1, f"self-labelling, agreement {row['agreement']:.2f}")
+            elif "group_round" in row:
+                done = clone + config.label_rounds + row["group_round"] + 1
+                bar(done, f"policy gradient over groups, divergence elsewhere {row['kl_kept']:.4f}")
             else:
-                done = clone + config.label_rounds + row["decisions"]
+                done = clone + rounds + row["decisions"]
                 bar(done, f"PPO, return {row.get('return_mean', float('nan')):.1f}")
 
         return train(
@@ -78,6 +82,8 @@ def train_preset(args: Args) -> TrainResult:
             out,
             teacher=recipe.teacher,
             labeller=recipe.labeller,
+            player=recipe.player,
+            keeper=recipe.keeper,
             evaluate=recipe.evaluate,
             resume=args.resume,
             card=recipe.card,
