@@ -164,15 +164,19 @@ def measure_noise(agent: PointerScheduling, soc: Soc, dag: Dag, sigma: float, ar
     policies: dict[str, Rule | PointerScheduling] = {name: RULES[name] for name in ("eft", "late_rank", "min_min")}
     policies |= {name: plan_rule(name, [STATIC[name](Graph.of(dag, soc))]) for name in ("heft", "peft")}
     policies["agent"] = agent
-    seeds = 20 if args.quick else 200
+    seeds, known = (20, 2) if args.quick else (1000, 16)
     return {
         "makespan": {name: makespans(spec, policy, workload, seeds) for name, policy in policies.items()},
-        "hindsight": [in_hindsight(agent, spec, dag, seed, args.seconds) for seed in range(2 if args.quick else 6)],
+        "hindsight": [in_hindsight(agent, spec, dag, seed, args.seconds) for seed in range(known)],
     }
 
 
 def noise_table(agent: PointerScheduling, args: Config) -> str:
-    """Mean makespans; the gap is to hindsight over the seeds for which it was worked out."""
+    """Mean makespans, and the share of the gap to hindsight, whose size is that of the seeds it was worked out for.
+
+    Of many seeds, for one execution in 1,000 takes over 13 times its nominal time, and doubles the makespan if it runs
+    on a slow PE: the agent's mean over 200 seeds of LU is 0.97 or 1.01 of late rank's, by the seeds.
+    """
     names = ["heft", "peft", "eft", "min_min", "late_rank", "agent"]
     lines = [row("graph", *names, "agent / best rule", "hindsight / best rule", "share"), rule_line(len(names) + 4)]
     for cell, (soc, dag, sigma) in noisy_runs(args.quick).items():
@@ -185,14 +189,15 @@ def noise_table(agent: PointerScheduling, args: Config) -> str:
         ratio = ends["agent"].mean() / ends[best].mean()
         low, high = (1.0 + end for end in bootstrap_ci((ends["agent"] - ends[best]) / ends[best].mean()))
         known = np.array(got["hindsight"])
-        first = slice(0, len(known))
+        first = ends[best][: len(known)]
+        gap = (1.0 - known.mean() / first.mean()) * ends[best].mean()
         lines.append(
             row(
                 cell,
                 *(interval(ends[name], "{:.1f}") for name in names),
                 f"{ratio:.3f} [{low:.3f}, {high:.3f}] of {best}",
-                f"{known.mean() / ends[best][first].mean():.3f} ({len(known)} seeds)",
-                share(ends[best][first], ends["agent"][first], known),
+                f"{known.mean() / first.mean():.3f} ({len(known)} seeds)",
+                share(ends[best], ends["agent"], ends[best] - gap),
             )
         )
     return "\n".join(lines)

@@ -45,13 +45,16 @@ class StreamCell:
     """Deadlines, as multiples of a graph's shortest possible latency."""
     transfers: str = "pull"
     """When data move: as their consumer is bound, as in DS3, or as soon as they are made ("push")."""
+    choose_frequency: bool = False
+    """Decisions name operating points."""
 
     @property
     def name(self) -> str:
         """What tables call it."""
         slack = f", slack {self.slack:g}" if self.slack < math.inf else ""
         pushed = ", pushed" if self.transfers == "push" else ""
-        return f"{self.jobs}, {self.objective}, gap {self.gap_us:g}, noise {self.noise_sigma:g}{slack}{pushed}"
+        chosen = ", frequencies" if self.choose_frequency else ""
+        return f"{self.jobs}, {self.objective}, gap {self.gap_us:g}, noise {self.noise_sigma:g}{slack}{pushed}{chosen}"
 
     def stream(self, num_jobs: int, gap_us: float | None = None) -> tuple[Soc, Stream]:
         """The SoC and the source of jobs, with another gap if given."""
@@ -62,7 +65,12 @@ class StreamCell:
         """Noise is normal for DS3's jobs, else lognormal."""
         noise = "none" if self.noise_sigma == 0 else "normal" if self.jobs == "ds3" else "lognormal"
         return SocDagSpec(
-            soc, transfers=self.transfers, noise=noise, noise_sigma=self.noise_sigma, objective=self.objective
+            soc,
+            transfers=self.transfers,
+            noise=noise,
+            noise_sigma=self.noise_sigma,
+            objective=self.objective,
+            choose_frequency=self.choose_frequency,
         )
 
 
@@ -125,7 +133,8 @@ def teacher_cells() -> list[StreamCell]:
         for gap in (200.0, 100.0, 60.0, 50.0, 40.0)
         if objective != "deadline" or gap < 200.0
     ]
-    return [*ds3, StreamCell("spark", "latency", 40e6), StreamCell("spark", "latency", 25e6)]
+    pushed = [replace(cell, transfers="push") for cell in ds3]
+    return [*ds3, *pushed, StreamCell("spark", "latency", 40e6), StreamCell("spark", "latency", 25e6)]
 
 
 TEACHERS = Path(__file__).with_name("soc_dag_teachers.json")

@@ -189,6 +189,11 @@ def test_a_rule_labels_what_the_policy_visits(agent):
     again = label(Instance(SPEC, workload, 0, [rule], 0), agent.weights, 1.0, 3)
     np.testing.assert_array_equal(one.log.actions, again.log.actions)
     np.testing.assert_array_equal(one.log.candidates, again.log.candidates)
+    some = label(Instance(SPEC, workload, 0, [rule], 0, 0.5), agent.weights, 1.0, 3)
+    assert some.best == one.best and 0.35 * count < len(some.log.actions) == len(some.returns) < 0.65 * count
+    at = np.searchsorted(one.log.loss, some.log.loss)
+    np.testing.assert_array_equal(some.returns, one.returns[at])
+    assert {row.tobytes() for row in some.log.candidates} < {row.tobytes() for row in one.log.candidates}
 
 
 def test_labels_are_the_best_there_is(agent):

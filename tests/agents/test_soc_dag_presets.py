@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from schedlab.agents.checkpoint import load_checkpoint
 from schedlab.agents.soc_dag import SHIPPED, load_pointer, sampled_plans
+from schedlab.agents.soc_dag_train import BestOfSamples, GroupsOfRuns
 from schedlab.agents.train import train
 from schedlab.baselines.soc_static import STATIC
 from schedlab.envs.core.errors import InputError
@@ -19,7 +21,7 @@ from schedlab.envs.soc_dag.spec import uniform_soc
 from schedlab.experiments import evaluate
 from schedlab.experiments.presets import PRESETS
 from schedlab.experiments.soc_dag import find_policies
-from schedlab.experiments.soc_dag_presets import single_spec
+from schedlab.experiments.soc_dag_presets import draw_group, single_spec
 
 
 def train_tiny(out, rounds: int, *, stop_after: int | None = None, resume: bool = False):
@@ -31,17 +33,23 @@ def train_tiny(out, rounds: int, *, stop_after: int | None = None, resume: bool 
         if len(rows) == stop_after:
             raise KeyboardInterrupt
 
-    config = replace(recipe.config, label_rounds=rounds, label_capacity=3000, label_checkpoint_every=2, hidden=16)
-    labeller = type(recipe.labeller)(recipe.labeller.draw, 6)
-    result = train(config, recipe.make_env, out, labeller=labeller, resume=resume, progress=moved)
+    few = {"label_rounds": rounds, "group_rounds": 3, "label_capacity": 3000, "rounds_per_checkpoint": 2}
+    config = replace(recipe.config, **few, hidden=16)
+    labeller = BestOfSamples(recipe.labeller.draw, 6)
+    player = GroupsOfRuns(partial(draw_group, samples=4), 2)
+    result = train(
+        config, recipe.make_env, out, labeller=labeller, player=player, keeper=labeller, resume=resume, progress=moved
+    )
     return result, rows
 
 
 def test_training_goes_on_after_a_kill_and_its_result_is_a_policy(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         train_tiny(tmp_path / "run", 6, stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "run", 6, stop_after=4, resume=True)
     result, rows = train_tiny(tmp_path / "run", 6, resume=True)
-    assert [row["label_round"] for row in rows] == [4, 5]
+    assert [row["group_round"] for row in rows] == [2]
     assert load_checkpoint(result.final).config["env_id"] == "schedlab/SocDag-v0"
     argv = ["soc_dag", "--policies", "late_rank", str(tmp_path / "run"), "--workload", "random_8-12x3", "--seeds", "2"]
     argv += ["--objective", "makespan", "--transfers", "push", "--out", str(tmp_path / "results")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,19 @@ def test_the_table_of_frequencies(capsys, monkeypatch):
     monkeypatch.setenv("SCHEDLAB_DATA", str(DATA))
     assert soc_dag_dvfs.main(soc_dag_dvfs.Config(gaps=(100.0,), jobs=20, seeds=2, generations=1)) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 + 7 and all(line.count("|") == 8 for line in lines)
-    assert lines[2].startswith("| 100 | late SRPT | 1 |")
+    assert len(lines) == 2 + 9 and all(line.count("|") == 9 for line in lines)
+    assert lines[2].startswith("| 100 | late SRPT | 1 |  |")
+    of_srpt, shares = {}, {}
+    for line in lines[2:]:
+        _, _, name, value, share, *_ = (cell.strip() for cell in line.split("|"))
+        of_srpt[name] = float(value.split()[0])
+        shares[name] = float(share.split()[0]) if share else None
+    assert [share is None for share in shares.values()] == [True] * 3 + [False] * 6
+    assert shares["hindsight, with frequencies"] == 1.0
+    assert sorted(of_srpt, key=of_srpt.__getitem__)[0] == "hindsight, with frequencies"
+    ranked = sorted((name for name in shares if shares[name] is not None), key=lambda name: -shares[name])
+    found = [of_srpt[name] for name in ranked]  # means of ratios; the shares are ratios of means
+    assert all(later > sooner - 0.01 for sooner, later in pairwise(found))
 
 
 def test_errors_are_clear(capsys):
