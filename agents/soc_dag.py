@@ -223,7 +223,7 @@ def log_rule(
     log: Log,
     decision: Decision,
 ) -> None:
-    """Run to the end, writing down what a rule would choose among the rows wherever the run comes.
+    """Run to the end, writing down what a rule would choose among the rows wherever the run comes, if it is there.
 
     With `share` 1 the rule is followed, as by an agent that imitates it perfectly; with less, that share of decisions
     is the rule's and the others are the policy's, sampled (DAgger: Ross, Gordon and Bagnell 2011).
@@ -235,11 +235,12 @@ def log_rule(
         if see(sim.state, desk, decision):
             decide(sim.state, params, memory, decision)
             advised = action_of(sim.state, desk.table, decision)
-            write_log(log, desk, advised, loss_of(sim))
-            action = advised
+            if advised >= 0:
+                write_log(log, desk, advised, loss_of(sim))
             if share < 1.0 and np.random.random() >= share:  # noqa: NPY002
-                action = sample_row(weights, desk, 1.0)
-            choose(desk.table, decision, action)
+                choose(desk.table, decision, sample_row(weights, desk, 1.0))
+            elif advised >= 0:
+                choose(desk.table, decision, advised)
         run_decision(sim, decision)
 
 

@@ -258,8 +258,11 @@ def follow_batch(batch: Batch, decide, params, memory, bind, actions) -> None:
 
 @njit_borrowed
 def followed_action(batch: Batch, b: int, wanted: Decision) -> int:
-    """The row that does what a rule wants."""
-    return action_of(state_of(batch, b), table_of(batch, b), wanted)
+    """The row that does what a rule wants; to wait, or the first row, where none does."""
+    action = action_of(state_of(batch, b), table_of(batch, b), wanted)
+    if action < 0:
+        return 0 if batch.engine[b, 0].num_in_progress > 0 else 1
+    return action
 
 
 class SocDagVectorEnv(PointerVectorEnv):
@@ -444,7 +447,7 @@ class SocDagVectorEnv(PointerVectorEnv):
     def rule_actions(self, rules: Sequence[Rule]) -> np.ndarray:
         """int64 (B,): what a rule would choose now, `rules[b]` in env b, all of one kernel: a teacher for imitation.
 
-        A choice that has no row (there are more pairs than rows) becomes a wait. Rules that are made from an episode's
+        A choice that has no row (there are more pairs than rows) becomes that of the nearest frequency, or a wait. Rules that are made from an episode's
         future (`episode`) must be made anew when it ends.
         """
         kernel = rules[0].decide_kernel

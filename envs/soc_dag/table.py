@@ -150,30 +150,72 @@ def begin_at(engine, pes, transfer, task: int, pe: int) -> float:
 
 @njit_borrowed
 def open_table(state: State, table: Table) -> None:
-    """List the rows of the present decision."""
-    engine, ready, jobs, tasks, head = state.engine[0], state.ready, state.jobs, state.tasks, table.head[0]
-    head.num_rows = 1
-    for i in range(engine.num_ready):
-        if not add_rows(state, table, ready[i]):
-            break
-    else:
+    """List the rows of the present decision.
+
+    Where they are too many: every task at the governor's frequencies, and what there is room for of the other ones,
+    by the work left in the tasks' jobs. Where these are still too many: as many tasks as there is room for, by that.
+    """
+    engine, head = state.engine[0], table.head[0]
+    chosen = engine.num_levels > 1
+    if list_ready(state, table, chosen):
+        return
+    if chosen and list_ready(state, table, False):
+        add_levels(state, table)
         return
     head.num_rows = 1
     last_key, last = -np.inf, -1
-    for _ in range(engine.num_ready):  # too many: by the work left in their jobs, then in the order of `ready`
-        best_key, best = np.inf, -1
-        for i in range(engine.num_ready):
-            key = jobs[tasks[ready[i]].job].work_left
-            if (key > last_key or (key == last_key and i > last)) and (best < 0 or key < best_key):
-                best_key, best = key, i
-        if not add_rows(state, table, ready[best]):
+    for _ in range(engine.num_ready):
+        last_key, last = next_in_line(state, state.ready, 0, engine.num_ready, last_key, last)
+        if not add_rows(state, table, state.ready[last], False):
             return
-        last_key, last = best_key, best
 
 
 @njit_inlined
-def add_rows(state: State, table: Table, task: int) -> bool:
-    """List the rows of a task; False if there was no room for all of them."""
+def next_in_line(state: State, numbers, first: int, end: int, last_key: float, last: int):
+    """Of the tasks numbers[first:end], the next one by the work left in its job, then in order: (work, index)."""
+    jobs, tasks = state.jobs, state.tasks
+    best_key, best = np.inf, -1
+    for i in range(first, end):
+        key = jobs[tasks[numbers[i]].job].work_left
+        if (key > last_key or (key == last_key and i > last)) and (best < 0 or key < best_key):
+            best_key, best = key, i
+    return best_key, best
+
+
+@njit_inlined
+def add_levels(state: State, table: Table) -> None:
+    """List the rows that there are at other frequencies, too, as long as there is room."""
+    levels, rows, head = state.levels, table.rows, table.head[0]
+    listed, last_key, last = head.num_rows, -np.inf, -1
+    for _ in range(1, listed):
+        last_key, last = next_in_line(state, rows[:, 0], 1, listed, last_key, last)
+        pe, taken = rows[last, 1], rows[last, 2]
+        for level in range(state.engine[0].num_levels):
+            if levels[pe, level].slowdown == np.inf:
+                break
+            if level == taken:
+                continue
+            if head.num_rows == len(rows):
+                return
+            rows[head.num_rows, 0] = rows[last, 0]
+            rows[head.num_rows, 1] = pe
+            rows[head.num_rows, 2] = level
+            head.num_rows += 1
+
+
+@njit_inlined
+def list_ready(state: State, table: Table, every_level: bool) -> bool:
+    """List the rows of all tasks; False if there was no room for them."""
+    table.head[0].num_rows = 1
+    for i in range(state.engine[0].num_ready):  # noqa: SIM110 - numba knows no generators
+        if not add_rows(state, table, state.ready[i], every_level):
+            return False
+    return True
+
+
+@njit_inlined
+def add_rows(state: State, table: Table, task: int, every_level: bool) -> bool:
+    """List the rows of a task, at every level or the governor's; False if there was no room for all of them."""
     engine, pes, times, transfer, levels = state.engine[0], state.pes, state.times, state.transfer, state.levels
     head, rows = table.head[0], table.rows
     first, late = head.num_rows, engine.binding == LATE
@@ -192,8 +234,8 @@ def add_rows(state: State, table: Table, task: int) -> bool:
                 break
         if not is_new:
             continue
-        lowest = 0 if engine.num_levels > 1 else state.default_level[pe]
-        for level in range(lowest, engine.num_levels if engine.num_levels > 1 else lowest + 1):
+        lowest = 0 if every_level else state.default_level[pe]
+        for level in range(lowest, engine.num_levels if every_level else lowest + 1):
             if levels[pe, level].slowdown == np.inf:
                 break
             if head.num_rows == len(rows):
@@ -233,20 +275,20 @@ def choose(table: Table, decision: Decision, row: int) -> None:
 
 @njit_borrowed
 def action_of(state: State, table: Table, wanted: Decision) -> int:
-    """The row that does what `wanted` does, or as good with another task or PE; else to wait, or the first row."""
+    """The row that does what `wanted` does, or as good with another task or PE, at the nearest level; -1: none does."""
     bind, head, rows = wanted.bind[0], table.head[0], table.rows
-    may_wait = state.engine[0].num_in_progress > 0
-    if bind.task != WAIT and is_legal(state, bind.task, bind.pe, bind.level):
-        engine, pes, transfer = state.engine[0], state.pes, state.transfer
-        level = bind.level if bind.level >= 0 else state.default_level[bind.pe]
-        begin = begin_at(engine, pes, transfer, bind.task, bind.pe)
-        for row in range(1, head.num_rows):
-            other = rows[row, 1]
-            same = rows[row, 2] == level and pes[other].kind == pes[bind.pe].kind
-            same = same and (rows[row, 0] == bind.task or are_alike(state, rows[row, 0], bind.task))
-            if same and begin_at(engine, pes, transfer, bind.task, other) == begin:
-                return row
-    return 0 if may_wait else 1
+    if bind.task == WAIT or not is_legal(state, bind.task, bind.pe, bind.level):
+        return 0 if state.engine[0].num_in_progress > 0 else -1
+    pes, transfer = state.pes, state.transfer
+    level = bind.level if bind.level >= 0 else state.default_level[bind.pe]
+    begin, nearest, found = begin_at(state.engine[0], pes, transfer, bind.task, bind.pe), np.inf, -1
+    for row in range(1, head.num_rows):
+        other, off = rows[row, 1], abs(rows[row, 2] - level)
+        same = off < nearest and pes[other].kind == pes[bind.pe].kind
+        same = same and (rows[row, 0] == bind.task or are_alike(state, rows[row, 0], bind.task))
+        if same and begin_at(state.engine[0], pes, transfer, bind.task, other) == begin:
+            nearest, found = off, row
+    return found
 
 
 # ----------------------------------------------------------------------------------------------- the observation

@@ -176,6 +176,26 @@ def test_a_logged_rule_is_the_rule(name, agent):
     assert (np.diff(log.loss[:count]) >= 0).all()
 
 
+def test_a_choice_that_has_no_row_is_no_label(agent):
+    """Where the table is too short for what a rule wants the run goes on with it, and nobody learns to wait."""
+    rule, workload, waits, written, finish = RULES["late_srpt"], STREAM.draw(np.random.default_rng(2)), [], [], []
+    for rows in (64, 3):
+        simulator, log = (
+            _simulator(SPEC.replace(num_candidates=rows), workload),
+            empty_log(4 * workload.num_tasks, rows),
+        )
+        state = simulator.sim.state
+        desk = empty_desk(rows, len(state.pes), len(state.jobs), len(state.tasks))
+        start(simulator.sim)
+        arguments = (rule.decide_kernel, rule.param_array, rule.new_memory(state), agent.weights)
+        log_rule(simulator.sim, *arguments, 1.0, 0, desk, log, empty_decision())
+        written.append(int(log.written[0]))
+        waits.append(int((log.actions[: written[-1]] == 0).sum()))
+        finish.append(simulator.timeline().finish)
+    np.testing.assert_array_equal(*finish)
+    assert waits[0] == waits[1] > 0 and 0.3 * written[0] < written[1] < 0.9 * written[0]
+
+
 def test_a_rule_labels_what_the_policy_visits(agent):
     """Without samples the policy leads, mostly, and every state gets the row that the rule would choose there."""
     workload, rule = STREAM.draw(np.random.default_rng(2)), RULES["late_srpt"]

@@ -28,8 +28,15 @@ from schedlab.envs.soc_dag.look_ahead import (
     WORK_LEFT,
 )
 from schedlab.envs.soc_dag.spec import SocDagSpec
-from schedlab.envs.soc_dag.state import BUSY, IDLE, WAITING
-from schedlab.envs.soc_dag.table import CANDIDATE_FEATURES, NUM_CANDIDATE, NUM_CONTEXT
+from schedlab.envs.soc_dag.state import BUSY, IDLE, WAITING, empty_decision
+from schedlab.envs.soc_dag.table import (
+    CANDIDATE_FEATURES,
+    NUM_CANDIDATE,
+    NUM_CONTEXT,
+    action_of,
+    empty_table,
+    open_table,
+)
 from schedlab.envs.soc_dag.workload import Dag, Workload
 
 WORKLOAD = random_workload(5, num_jobs=8)
@@ -191,6 +198,48 @@ def test_equal_tasks_of_a_stage_are_one_row():
         assert env.action_mask[0, actions[0]]
         env.step(actions)
     assert most > 5
+
+
+@pytest.mark.parametrize("rows", [8, 20])
+def test_too_many_rows_are_cut_by_frequency_first(rows):
+    """Every task at the governor's frequencies, if these fit, then others by the work left in the tasks' jobs; a rule
+    is followed at the nearest frequency that is there."""
+    spec, rng = small_spec(choose_frequency=True, num_candidates=256), np.random.default_rng(0)
+    env = SocDagVectorEnv(1, spec=spec, workload=WORKLOAD, graph=False, debug=True)
+    env.reset(seed=0)
+    state, wanted = env.state(), empty_decision()
+    table = empty_table(rows, len(state.pes), len(state.jobs), len(state.tasks))
+
+    def work_left(row: tuple[int, ...]) -> float:
+        return float(state.jobs[state.tasks[row[0]]["job"]]["work_left"])
+
+    seen = set()
+    for _ in range(150):
+        open_table(state, table)
+        listed = [tuple(row) for row in env.batch.table_rows[0, 1 : env.batch.table_head[0, 0]["num_rows"]].tolist()]
+        shown = [tuple(row) for row in table.rows[1 : table.head[0]["num_rows"]].tolist()]
+        governed = [row for row in listed if row[2] == state.default_level[row[1]]]
+        if len(listed) < rows:
+            assert shown == listed
+            seen.add("all")
+        elif len(governed) < rows:
+            extra = shown[len(governed) :]
+            assert shown[: len(governed)] == governed and len(shown) == rows - 1 == len(set(shown))
+            others = sorted(work_left(row) for row in set(listed) - set(governed))
+            assert [work_left(row) for row in extra] == others[: len(extra)] and set(extra) <= set(listed)
+            seen.add("governed")
+        else:
+            assert set(shown) <= set(governed) and work_left(shown[0]) == min(map(work_left, governed))
+            seen.add("some")
+        for row in listed:
+            wanted.bind[0] = row
+            there = [other for other in shown if other[:2] == row[:2]]
+            found = action_of(state, table, wanted)
+            assert (found > 0) == bool(there)
+            if there:
+                assert shown[found - 1] == min(there, key=lambda other: abs(other[2] - row[2]))
+        env.step(np.where(env.action_mask, rng.random(env.action_mask.shape), -1).argmax(1))
+    assert seen == {"all", "governed", "some"}
 
 
 def test_stages_are_barriers():
