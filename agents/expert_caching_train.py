@@ -81,7 +81,7 @@ class EvictionTraining:
     """Of the token's vector; as often, whole layers of a token are hidden."""
     seed: int = 0
     checkpoint_every: int = 500
-    head_steps: int = 2400
+    head_steps: int = 4800
     """Optimizer steps of the head for the layer above."""
     head_layers: int = 3
     """Layers scored in each of them."""

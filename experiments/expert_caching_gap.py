@@ -64,11 +64,11 @@ class Args:
     """Routing trace: a name in the data folder, or a file."""
     seeds: int = 5
     """Networks that are trained."""
-    members: int = 2
+    members: int = 3
     """Networks of a committee: those of this many consecutive seeds (after the last one comes the first)."""
     steps: int = 2400
     """Optimizer steps of each."""
-    head_steps: int = 2400
+    head_steps: int = 4800
     """Optimizer steps of its head for the layer above."""
     held_out: float = HELD_OUT
     """Share of the sequences that the table is measured on; training sees the others."""
