@@ -85,10 +85,10 @@ def draw_layered(rng: np.random.Generator, most: int = 50) -> tuple[Soc, Dag]:
     return uniform_soc(pes), random_layered(int(rng.integers(10, most + 1)), pes, seed=rng, **varied)
 
 
-def draw_tiles(rng: np.random.Generator, most: int = 7) -> tuple[Soc, Dag]:
-    """A tiled Cholesky, LU or QR of 3 to `most` tiles on 1 to 3 CPUs and GPUs."""
+def draw_tiles(rng: np.random.Generator, least: int = 3, most: int = 7) -> tuple[Soc, Dag]:
+    """A tiled Cholesky, LU or QR of `least` to `most` tiles on 1 to 3 CPUs and GPUs."""
     name = str(rng.choice(["cholesky", "lu", "qr"]))
-    tiles = int(rng.integers(3, most + 1))
+    tiles = int(rng.integers(least, most + 1))
     return cpu_gpu_soc(int(rng.integers(1, 4)), int(rng.integers(1, 4))), tiled(name, tiles)
 
 
@@ -161,10 +161,10 @@ def draw_stream(rng: np.random.Generator, index: int) -> Instance:
 
 
 def draw_group(rng: np.random.Generator, index: int, samples: int = 16) -> Instance:
-    """A noisy single graph, as `draw_noisy` with more tiles and more noise."""
+    """A noisy single graph, as `draw_noisy`, with more tiles and more noise."""
     from ..agents.soc_dag_train import Instance
 
-    soc, dag = draw_tiles(rng) if rng.random() < 0.7 else draw_layered(rng)
+    soc, dag = draw_tiles(rng, least=5) if rng.random() < 0.7 else draw_layered(rng)
     spec = single_spec(soc, float(rng.uniform(0.3, 1.0)))
     return Instance(spec, single(dag, soc), int(rng.integers(TRAINING_SEED)), [], samples)
 
@@ -304,5 +304,5 @@ def agent(seed: int, data_dir: DataDir) -> Recipe:
         label_passes=1,
         label_capacity=72_000,
         label_lr=2e-3,
-        group_rounds=80,
+        group_rounds=160,
     )
