@@ -447,8 +447,8 @@ class SocDagVectorEnv(PointerVectorEnv):
     def rule_actions(self, rules: Sequence[Rule]) -> np.ndarray:
         """int64 (B,): what a rule would choose now, `rules[b]` in env b, all of one kernel: a teacher for imitation.
 
-        A choice that has no row (there are more pairs than rows) becomes that of the nearest frequency, or a wait. Rules that are made from an episode's
-        future (`episode`) must be made anew when it ends.
+        A choice that has no row (there are more pairs than rows) becomes that of the nearest frequency, or a wait.
+        Rules that are made from an episode's future (`episode`) must be made anew when it ends.
         """
         kernel = rules[0].decide_kernel
         if len(rules) != self.num_envs or any(rule.decide_kernel is not kernel for rule in rules):
