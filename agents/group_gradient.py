@@ -62,7 +62,8 @@ def group_gradient(
     network = policy.network
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, eps=1e-5, fused=True)
     with torch.no_grad():
-        wanted = torch.cat([log_probabilities(reference, kept, rows) for rows in all_of(kept).split(2048)])
+        everywhere = torch.arange(len(kept["context"])).split(minibatch)
+        wanted = torch.cat([log_probabilities(reference, kept, rows) for rows in everywhere])
     for index in range(first_round, rounds):
         played, figures = player(network, index)
         advantages = played["advantages"] / played["advantages"].std().clamp_min(1e-8)
@@ -81,11 +82,6 @@ def group_gradient(
             divergence, steps = divergence + float(kl.detach()), steps + 1
         if progress is not None:
             progress({"group_round": index, "states": len(advantages), "kl_kept": divergence / steps} | figures)
-
-
-def all_of(states: dict[str, Tensor]) -> Tensor:
-    """int64 (N,): the numbers of the states."""
-    return torch.arange(len(states["context"]))
 
 
 def log_probabilities(network: PointerNetwork, states: dict[str, Tensor], rows: Tensor) -> Tensor:

@@ -179,6 +179,17 @@ def run_pointer(
 
 
 @njit(cache=True)
+def play(
+    sim: Sim, weights: DeepSetsWeights, desk: Desk, log: Log, decision: Decision, temperature: float, seed: int
+) -> float:
+    """Play the loaded jobs once, greedily at temperature 0, into `log`. Returns the objective."""
+    np.random.seed(seed)  # noqa: NPY002 - numba's own generator
+    start(sim)
+    run_pointer(sim, weights, desk, log, decision, temperature)
+    return loss_of(sim)
+
+
+@njit(cache=True)
 def sample_best(
     sim: Sim,
     weights: DeepSetsWeights,
@@ -199,14 +210,10 @@ def sample_best(
         log.context[:0], log.candidates[:0], log.action_mask[:0], log.actions[:0], log.loss[:0], np.zeros(1, np.int64)
     )
     for sample in range(samples):
-        np.random.seed(seed + sample)  # noqa: NPY002 - numba's own generator
-        start(sim)
-        run_pointer(sim, weights, desk, blind, decision, temperature if sample > 0 else 0.0)
-        losses[sample] = loss_of(sim)
+        heat = temperature if sample > 0 else 0.0
+        losses[sample] = play(sim, weights, desk, blind, decision, heat, seed + sample)
     best = int(np.argmin(losses))
-    np.random.seed(seed + best)  # noqa: NPY002
-    start(sim)
-    run_pointer(sim, weights, desk, log if size > 0 else blind, decision, temperature if best > 0 else 0.0)
+    play(sim, weights, desk, log if size > 0 else blind, decision, temperature if best > 0 else 0.0, seed + best)
     return best
 
 
@@ -245,17 +252,6 @@ def log_rule(
 
 
 @njit(cache=True)
-def play_sampled(
-    sim: Sim, weights: DeepSetsWeights, desk: Desk, log: Log, decision: Decision, temperature: float, seed: int
-) -> float:
-    """Play the loaded jobs once, sampled, into `log`. Returns the objective."""
-    np.random.seed(seed)  # noqa: NPY002 - numba's own generator
-    start(sim)
-    run_pointer(sim, weights, desk, log, decision, temperature)
-    return loss_of(sim)
-
-
-@njit(cache=True)
 def draw_plans(
     sim: Sim,
     weights: DeepSetsWeights,
@@ -272,9 +268,7 @@ def draw_plans(
     pe int64 (S, n); times float64 (S, 2, n): start and finish.
     """
     for sample in range(len(pe)):
-        np.random.seed(seed + sample)  # noqa: NPY002 - numba's own generator
-        start(sim)
-        run_pointer(sim, weights, desk, log, decision, temperature if sample > 0 else 0.0)
+        play(sim, weights, desk, log, decision, temperature if sample > 0 else 0.0, seed + sample)
         for i in range(pe.shape[1]):
             task = sim.state.tasks[i]
             pe[sample, i], times[sample, 0, i], times[sample, 1, i] = task.pe, task.start, task.finish

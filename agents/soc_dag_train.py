@@ -22,7 +22,7 @@ from ..envs.soc_dag.state import empty_decision
 from ..envs.soc_dag.workload import Workload
 from .compiled import DeepSetsWeights, pack_weights
 from .networks import PointerNetwork
-from .soc_dag import Log, empty_desk, empty_log, log_rule, play_sampled, sample_best
+from .soc_dag import Log, empty_desk, empty_log, log_rule, play, sample_best
 
 
 class Instance(NamedTuple):
@@ -78,9 +78,14 @@ def label(instance: Instance, weights: DeepSetsWeights, temperature: float, seed
         log_rule(sim, rule.decide_kernel, rule.param_array, memory, weights, share, seed, desk, other, decision)
         if not loss_of(sim) >= best:  # nan: there are no samples
             log, best, is_own = other, float(loss_of(sim)), False
-    kept = np.flatnonzero(np.random.default_rng(seed).random(int(log.written[0])) < instance.share)
-    log = Log._make([*(array[kept] for array in log[:-1]), log.written])
+    log = thinned(log, instance.share, np.random.default_rng(seed))
     return Labelled(log, (log.loss - best).astype(np.float32), float(losses[0]), best, is_own)
+
+
+def thinned(log: Log, share: float, rng: np.random.Generator) -> Log:
+    """A copy of what is written in a log, of which each decision is kept with this chance."""
+    kept = np.flatnonzero(rng.random(int(log.written[0])) < share)
+    return Log._make([*(array[kept] for array in log[:-1]), log.written])
 
 
 class BestOfSamples:
@@ -141,9 +146,12 @@ class GroupsOfRuns:
         """States of the runs with their advantages, and the mean spread of a group."""
         rng = np.random.default_rng([self.seed, index, 1])
         parts: dict[str, list[np.ndarray]] = {key: [] for key in ("context", "candidates", "action_mask", "actions")}
-        advantages, spreads = [], []
+        weights, advantages, spreads = None, [], []
         for _ in range(self.instances):
-            logs, losses = play_group(self.draw(rng, index), network, self.share, rng)
+            instance = self.draw(rng, index)
+            if weights is None:
+                weights = pack_weights(network, instance.spec.num_candidates)
+            logs, losses = play_group(instance, weights, self.share, rng)
             gains = (1.0 - losses / losses.mean()).astype(np.float32)
             advantages.append(np.repeat(gains, [len(log.actions) for log in logs]))
             spreads.append(float(gains.std()))
@@ -155,7 +163,7 @@ class GroupsOfRuns:
 
 
 def play_group(
-    instance: Instance, network: PointerNetwork, share: float, rng: np.random.Generator
+    instance: Instance, weights: DeepSetsWeights, share: float, rng: np.random.Generator
 ) -> tuple[list[Log], np.ndarray]:
     """What was seen and chosen in `instance.samples` sampled runs, thinned to `share`, and each one's objective."""
     spec, workload = instance.spec, instance.workload
@@ -164,10 +172,9 @@ def play_group(
     sim, rows = simulator.sim, spec.num_candidates
     desk = empty_desk(rows, len(sim.state.pes), len(sim.state.jobs), len(sim.state.tasks))
     log, decision = empty_log(4 * workload.num_tasks, rows), empty_decision()
-    weights, logs, losses = pack_weights(network, rows), [], []
+    logs, losses = [], []
     for _ in range(instance.samples):
         seed = int(rng.integers(1 << 30))
-        losses.append(play_sampled(sim, weights, desk, log, decision, 1.0, seed))
-        kept = np.flatnonzero(rng.random(int(log.written[0])) < share)
-        logs.append(Log._make([*(array[kept] for array in log[:-1]), log.written]))
+        losses.append(play(sim, weights, desk, log, decision, 1.0, seed))
+        logs.append(thinned(log, share, rng))
     return logs, np.array(losses)

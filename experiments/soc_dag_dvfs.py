@@ -25,13 +25,13 @@ import tyro
 from ..agents.soc_dag import PointerScheduling, load_pointer
 from ..baselines.soc_dag import RULES
 from ..baselines.soc_linear import linear_rule
-from ..envs.core.results import bootstrap_ci
 from ..envs.soc_dag.check import check_durations, check_schedule
 from ..envs.soc_dag.metrics import compute_metrics
 from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.sim import Simulator
 from ..envs.soc_dag.spec import SocDagSpec
 from ..envs.soc_dag.workload import Workload
+from .soc_dag_headroom import interval, row, rule_line
 from .soc_dag_search import TEACHERS, StreamCell, search_linear
 
 STRETCHES = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -113,16 +113,10 @@ def column(runs: Sequence[Mapping[str, float]], metric: str) -> np.ndarray:
     return np.array([run[metric] for run in runs])
 
 
-def interval(values: np.ndarray, form: str) -> str:
-    """Mean and 95% bootstrap interval."""
-    low, high = bootstrap_ci(values)
-    return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"
-
-
 def main(args: Config) -> int:
     """Print the table."""
     names = ("gap", "rule", "energy times delay, of late SRPT's", "share of the gap", *HEADS)
-    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    print(row(*names), rule_line(len(names)), sep="\n")
     for gap in args.gaps:
         found = measure_cell(StreamCell("ds3", "edp", gap, args.noise), args)
         bound = column(found[BOUND], "edp")
@@ -132,10 +126,10 @@ def main(args: Config) -> int:
         for name, runs in found.items():
             edp = column(runs, "edp")
             of_srpt, closed = edp / column(found[RACE], "edp"), (bar - edp) / (bar - bound).mean()
-            shown = "" if name in list(found)[:NUM_PUBLISHED] else interval(closed, ".2f")
+            shown = "" if name in list(found)[:NUM_PUBLISHED] else interval(closed, "{:.2f}")
             values = [f"{column(runs, metric).mean():{form}}" for metric, form in SHOWN.items()]
-            row = [f"{gap:g}", name, "1" if name == RACE else interval(of_srpt, ".3f"), shown, *values]
-            print("| " + " | ".join(row) + " |", flush=True)
+            ratio = "1" if name == RACE else interval(of_srpt, "{:.3f}")
+            print(row(f"{gap:g}", name, ratio, shown, *values), flush=True)
     return 0
 
 

@@ -43,8 +43,7 @@ PUSHED, FREQUENCIES = 0.3, 0.25
 """Shares of the streams in which data are pushed, and in which frequencies may be chosen."""
 SHORTEST_STREAM, LONGEST_STREAM, KEPT_JOBS = 15, 300, 7
 """Jobs of a stream, and of how many of these as many states as they have are learned from, drawn from all of them.
-Only long streams show what becomes of a policy that falls behind: one that had learned deadlines with frequencies from
-15 to 40 jobs left most jobs late in streams of 500. But single graphs are to have their say, too."""
+Queues are long in long streams only; but single graphs are to have their say, too."""
 DISTRACTED = 0.2
 """Share of the streams under other objectives whose jobs have deadlines all the same: these must not matter."""
 EXACT_ROUNDS, EXACT_TASKS, EXACT_SECONDS = 4, 24, 2.0
@@ -105,12 +104,14 @@ def draw_single(rng: np.random.Generator, index: int, samples: int = 64) -> Inst
     return Instance(single_spec(soc), single(dag, soc), 0, [plan_rule("plan", [plan])], samples)
 
 
-def draw_noisy(rng: np.random.Generator, index: int, samples: int = 16) -> Instance:
-    """A single graph whose durations vary by 0.2 to 1."""
+def draw_noisy(
+    rng: np.random.Generator, index: int, samples: int = 16, tiles: float = 0.6, least: int = 3, calmest: float = 0.2
+) -> Instance:
+    """A single graph whose durations vary by `calmest` to 1; a share `tiles` is tiled, `least` or more to a side."""
     from ..agents.soc_dag_train import Instance
 
-    soc, dag = draw_tiles(rng) if rng.random() < 0.6 else draw_layered(rng)
-    spec = single_spec(soc, float(rng.uniform(0.2, 1.0)))
+    soc, dag = draw_tiles(rng, least) if rng.random() < tiles else draw_layered(rng)
+    spec = single_spec(soc, float(rng.uniform(calmest, 1.0)))
     return Instance(spec, single(dag, soc), int(rng.integers(TRAINING_SEED)), [LATE_PEFT], samples)
 
 
@@ -127,7 +128,7 @@ def teachers_of_frequencies() -> list[tuple[StreamCell, Rule]]:
 
     The rules for energy times delay weigh energy against finish in the choice of the PE, and so in that of its
     operating point (10-18% less with it, as they are); for other objectives that weight is left out: tasks run as fast
-    as they can. Not at gap 40: there 45% of the tables are full, and do not show what the rule would choose.
+    as they can. Not at gap 40: 45% of the tables have no room for every frequency there.
     """
     found = []
     for cell, rule in teachers():
@@ -161,12 +162,8 @@ def draw_stream(rng: np.random.Generator, index: int) -> Instance:
 
 
 def draw_group(rng: np.random.Generator, index: int, samples: int = 16) -> Instance:
-    """A noisy single graph, as `draw_noisy`, with more tiles and more noise."""
-    from ..agents.soc_dag_train import Instance
-
-    soc, dag = draw_tiles(rng, least=5) if rng.random() < 0.7 else draw_layered(rng)
-    spec = single_spec(soc, float(rng.uniform(0.3, 1.0)))
-    return Instance(spec, single(dag, soc), int(rng.integers(TRAINING_SEED)), [], samples)
+    """A noisy single graph to play in groups: more tiles, more noise."""
+    return draw_noisy(rng, index, samples, tiles=0.7, least=5, calmest=0.3)
 
 
 def draw_kept(rng: np.random.Generator, index: int) -> Instance:

@@ -183,10 +183,21 @@ def next_in_line(state: State, numbers, first: int, end: int, last_key: float, l
 
 
 @njit_inlined
+def add_row(table: Table, task: int, pe: int, level: int) -> bool:
+    """List a row; False if there is no room."""
+    rows, at = table.rows, table.head[0].num_rows
+    if at == len(rows):
+        return False
+    rows[at, 0], rows[at, 1], rows[at, 2] = task, pe, level
+    table.head[0].num_rows = at + 1
+    return True
+
+
+@njit_inlined
 def add_levels(state: State, table: Table) -> None:
     """List the rows that there are at other frequencies, too, as long as there is room."""
-    levels, rows, head = state.levels, table.rows, table.head[0]
-    listed, last_key, last = head.num_rows, -np.inf, -1
+    levels, rows, last_key, last = state.levels, table.rows, -np.inf, -1
+    listed = table.head[0].num_rows
     for _ in range(1, listed):
         last_key, last = next_in_line(state, rows[:, 0], 1, listed, last_key, last)
         pe, taken = rows[last, 1], rows[last, 2]
@@ -195,12 +206,8 @@ def add_levels(state: State, table: Table) -> None:
                 break
             if level == taken:
                 continue
-            if head.num_rows == len(rows):
+            if not add_row(table, rows[last, 0], pe, level):
                 return
-            rows[head.num_rows, 0] = rows[last, 0]
-            rows[head.num_rows, 1] = pe
-            rows[head.num_rows, 2] = level
-            head.num_rows += 1
 
 
 @njit_inlined
@@ -238,12 +245,8 @@ def add_rows(state: State, table: Table, task: int, every_level: bool) -> bool:
         for level in range(lowest, engine.num_levels if every_level else lowest + 1):
             if levels[pe, level].slowdown == np.inf:
                 break
-            if head.num_rows == len(rows):
+            if not add_row(table, task, pe, level):
                 return False
-            rows[head.num_rows, 0] = task
-            rows[head.num_rows, 1] = pe
-            rows[head.num_rows, 2] = level
-            head.num_rows += 1
     return True
 
 

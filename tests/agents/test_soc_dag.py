@@ -180,11 +180,8 @@ def test_a_choice_that_has_no_row_is_no_label(agent):
     """Where the table is too short for what a rule wants the run goes on with it, and nobody learns to wait."""
     rule, workload, waits, written, finish = RULES["late_srpt"], STREAM.draw(np.random.default_rng(2)), [], [], []
     for rows in (64, 3):
-        simulator, log = (
-            _simulator(SPEC.replace(num_candidates=rows), workload),
-            empty_log(4 * workload.num_tasks, rows),
-        )
-        state = simulator.sim.state
+        simulator = _simulator(SPEC.replace(num_candidates=rows), workload)
+        state, log = simulator.sim.state, empty_log(4 * workload.num_tasks, rows)
         desk = empty_desk(rows, len(state.pes), len(state.jobs), len(state.tasks))
         start(simulator.sim)
         arguments = (rule.decide_kernel, rule.param_array, rule.new_memory(state), agent.weights)
