@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "shipped" / "expert_caching" / "deepseek_v2_lite"
 """Folder of the shipped scores for DeepSeek-V2-Lite; those for other models stand beside it."""
 
+EXPECTED_TOKENS = 4
+"""Coming tokens by which an expert's worth is guessed from its prior, before its layer is seen in a run."""
+
 
 @njit(cache=True)
 def hear_gate(state: State, weights: Weights, memory: Memory) -> None:
@@ -101,9 +104,20 @@ def decide_learned(state: State, weights: Weights, memory: Memory, decision: Dec
 
 
 @njit(cache=True)
+def expect_prior(state: State) -> None:
+    """Write `keep` of all experts, for layers that no token has come to: P(one of the next tokens needs it)."""
+    for layer in range(state.engine[0].num_layers):
+        for e in range(state.engine[0].num_experts):
+            row = state.experts[layer, e]
+            row.keep = 1.0 - (1.0 - row.prior) ** EXPECTED_TOKENS
+
+
+@njit(cache=True)
 def advise(state: State, weights: Weights, memory: Memory) -> None:
     """Write `keep` of the present layer's experts, and `predicted` of those above. Called in every epoch, in order."""
     layer = state.engine[0].layer
+    if state.engine[0].pooled and state.engine[0].epoch == 0:  # else those of the layers to come would go first
+        expect_prior(state)
     above = (layer + 1) % state.engine[0].num_layers
     hear_gate(state, weights, memory)
     score_rows(state, weights, memory, True)

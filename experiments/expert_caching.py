@@ -198,7 +198,10 @@ def shipped_folder(trace: Trace) -> Path:
 
 
 def _learned(name: str, folder: Path, base: ExpertCachingSpec) -> Contender:
-    """The policy of a checkpoint folder: the learned scores, or a pointer network over them."""
+    """The policy of a checkpoint folder: the learned scores, or a pointer network over them.
+
+    Where time counts, the scores share the slots out among the layers as well: they mean the same in every layer.
+    """
     from ..agents.expert_caching import LearnedCaching, load_eviction
 
     ahead = base if base.eviction_only else base.replace(max_prefetch=AGENT_PREFETCHES)
@@ -209,8 +212,10 @@ def _learned(name: str, folder: Path, base: ExpertCachingSpec) -> Contender:
         pointer = load_pointer(folder, name=name)
         return Contender(name, ahead, lambda workload: pointer)
     scores = load_eviction(folder, name)
-    policy = scores if base.eviction_only else LearnedCaching(name, scores.weights, scores.shape[2])
-    return Contender(name, ahead, lambda workload: policy)
+    if base.eviction_only:
+        return Contender(name, base, lambda workload: scores)
+    policy = LearnedCaching(name, scores.weights, scores.shape[2])
+    return Contender(name, ahead.replace(pooled=True), lambda workload: policy)
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -338,10 +343,19 @@ def gap_closed(timeline: Any, workload: Workload, spec: ExpertCachingSpec) -> fl
 @lru_cache(maxsize=8)  # a workload equals itself only; all policies of a comparison ask for the same few
 def reference_loads(workload: Workload, spec: ExpertCachingSpec) -> tuple[int, int]:
     """Loads of LRU, and of Belady's rule (with bypass where the spec allows it), on demand."""
-    from ..baselines.expert_caching import RULES, belady
+    from ..baselines.expert_caching import RULES
 
     plain = spec.replace(max_prefetch=0)
-    return demand_loads(workload, plain, RULES["lru"]), demand_loads(workload, plain, belady(workload, plain))
+    return demand_loads(workload, plain, RULES["lru"]), fewest_loads(workload, plain)
+
+
+@lru_cache(maxsize=8)
+def fewest_loads(workload: Workload, spec: ExpertCachingSpec) -> int:
+    """Loads of Belady's rule (with bypass where the spec allows it), on demand."""
+    from ..baselines.expert_caching import belady
+
+    plain = spec.replace(max_prefetch=0)
+    return demand_loads(workload, plain, belady(workload, plain))
 
 
 def demand_loads(workload: Workload, spec: ExpertCachingSpec, policy: Any) -> int:
@@ -358,13 +372,14 @@ def least_times(workload: Workload, spec: ExpertCachingSpec) -> tuple[float, flo
     """Seconds of computing, and of Belady's loads one after another: no policy is faster than the longer of the two.
 
     One sequence at a time. With prefetch, loads stay at least Belady's (with bypass where the spec allows it), and a
-    channel reads one at a time. The clock starts when the first gate answers.
+    channel reads one at a time. Belady's rule has all slots for all layers, so the bound is one of pooled caches and of
+    caches of each layer alike. The clock starts when the first gate answers.
     """
     cost, layers, tokens = spec.cost, workload.num_layers, workload.num_tokens
     gate_s = cost.attention_s + cost.attention_token_s
     experts_s = workload.top_k * (cost.expert_s + cost.expert_token_s)
     compute_s = tokens * layers * (gate_s + experts_s) - gate_s + (tokens - 1) * cost.step_s
-    return compute_s, reference_loads(workload, spec)[1] * cost.load_s
+    return compute_s, fewest_loads(workload, spec.replace(pooled=True)) * cost.load_s
 
 
 def draw_run(timeline_path: Path, about: dict[str, Any]) -> Any:

@@ -53,6 +53,8 @@ from schedlab.envs.expert_caching.advice import run_with_advice
 from schedlab.envs.expert_caching.sim import Simulator
 from schedlab.envs.expert_caching.spec import CostModel, ExpertCachingSpec
 from schedlab.envs.expert_caching.workload import Workload, find_routing
+from schedlab.experiments.expert_caching_presets import MOE_DISK
+from schedlab.experiments.expert_traces import find_trace
 
 LAYERS, EXPERTS, K = 3, 16, 2
 SMALL = EvictionTraining(
@@ -614,3 +616,23 @@ def test_the_shipped_policy_beats_lru_on_held_out_sequences():
                 pass
         loads.append(int(simulator.state().engine[0]["num_demand_loads"]))
     assert loads[1] < 0.9 * loads[0]
+
+
+def test_slots_that_layers_share_begin_by_the_prior_and_end_fuller_of_use():
+    """Pooled, the policy must not take the layers that it has not come to yet for useless."""
+    policy = load_eviction(SHIPPED.parent / "moe")
+    workload = find_trace("moe", None).draw(400, 0)
+    loads = {}
+    for pooled in (False, True):
+        spec = ExpertCachingSpec(MOE_DISK, cache_share=0.5, warm_start=True, max_prefetch=2, pooled=pooled)
+        simulator, agent = Simulator(spec, recording=False), LearnedCaching("agent", policy.weights, policy.shape[2])
+        simulator.reset(workload)
+        state, decision = simulator.state(), simulator.default_decision()
+        agent.reset(state)
+        agent.decide(state, decision)
+        expected = 1 - (1 - state.experts["prior"][1:]) ** 4 if pooled else np.zeros_like(state.experts["prior"][1:])
+        np.testing.assert_allclose(state.experts["keep"][1:], expected, atol=1e-6)
+        simulator.reset(workload)
+        agent.run(simulator)
+        loads[pooled] = int(simulator.state().engine[0]["num_demand_loads"])
+    assert loads[True] < 0.97 * loads[False]

@@ -39,13 +39,23 @@ def test_guesses_are_the_experts_that_follow_most_often():
     assert (told.predicted_probability[:, 1, :2] == 1.0).all() and (told.predicted_probability[:, 1, 2:] == 0.0).all()
 
 
+def one_layer(window: Workload) -> Workload:
+    """The same as a model of one layer, whose slots all experts share: each layer of a token is a token of its own."""
+    tokens, layers, k = window.experts.shape
+    routing = window.experts + window.num_experts * np.arange(layers)[:, None]
+    return Workload.from_arrays(
+        "one layer", routing.reshape(-1, 1, k), [tokens * layers], num_experts=layers * window.num_experts
+    )
+
+
 def test_bound_is_the_slower_of_computing_and_belady(trace):
     spec = ExpertCachingSpec(cache_share=0.5)  # cold: Belady's loads are those of `belady_loads`
     windows = [trace.draw(50, seed) for seed in range(2)]
+    loads = sum(int(belady_loads(one_layer(window), (12,)).sum()) for window in windows)
+    assert loads < sum(int(belady_loads(window, (4, 4, 4)).sum()) for window in windows)
     for bandwidth in (1e8, 1e10):
         cost = CostModel(**{**vars(COST), "bandwidth": bandwidth})
         found = bound(spec.replace(cost=cost), windows)
-        loads = sum(int(belady_loads(window, (4, 4, 4)).sum()) for window in windows)
         assert found["load_s"] == pytest.approx(loads * cost.load_s)
         assert found["compute_s"] == pytest.approx(2 * (149 * 1e-3 + 150 * 2e-4 + 49 * 5e-4))
         assert found["seconds"] == pytest.approx(found["load_s" if bandwidth < 1e9 else "compute_s"])
