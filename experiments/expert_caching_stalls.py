@@ -3,8 +3,9 @@
 DeepSeek-V2-Lite routing, held-out sequences in disjoint parts, each served from a cold cache; the same parts for every
 policy. Rows: LRU on demand; LRU with prefetch by affinity, of the k likeliest experts or the likeliest one; the
 published systems that run on a trace without gate guesses and token ids; the learned score on demand; the same with
-prefetch; with prefetch and bypass, by a rule of three knobs; a trained pointer policy, where `--pointer` names a run of
-`schedlab train expert_caching/agent`; Belady, and the bound max(compute, Belady's loads one after the other).
+prefetch; with prefetch and bypass, by a rule of three knobs; the same with slots that all layers share; a trained
+pointer policy, where `--pointer` names a run of `schedlab train expert_caching/agent`; Belady, and the bound
+max(compute, Belady's loads one after the other).
 
 Intervals are of the mean over parts (Student's t), of the stall saved against LRU on the same part.
 
@@ -28,7 +29,7 @@ import numpy as np
 from scipy import stats
 
 from ..agents.expert_caching import SHIPPED, LearnedCaching, load_eviction
-from ..baselines.expert_caching import RULES, belady, belady_loads, system_spec
+from ..baselines.expert_caching import RULES, belady, system_spec
 from ..baselines.expert_fitted import fit_affinity_prefetch, fit_moe_infinity
 from ..envs.core.errors import InputError
 from ..envs.core.results import atomic_path
@@ -37,6 +38,7 @@ from ..envs.expert_caching.sim import Simulator
 from ..envs.expert_caching.spec import ExpertCachingSpec
 from ..envs.expert_caching.workload import Workload
 from . import command
+from .expert_caching import least_times
 from .expert_caching_presets import SETTINGS, Setting, advised_tasks, tune
 from .expert_traces import find_trace
 
@@ -103,6 +105,11 @@ def entries(setting: Setting, args: Args, train: Workload, prefetchers: dict[str
             setting.spec,
             lambda part: LearnedCaching("learned_prefetch_bypass", weights, k, setting.knobs),
         ),
+        (
+            "learned_pooled",
+            setting.spec.replace(pooled=True),
+            lambda part: LearnedCaching("learned_pooled", weights, k, setting.knobs),
+        ),
     ]
     if args.pointer is not None:
         from ..agents.expert_caching_pointer import load_pointer
@@ -134,10 +141,8 @@ def serve(spec: ExpertCachingSpec, policy: Any, part: Workload) -> dict[str, flo
 
 
 def bound_s(setting: Setting, part: Workload) -> float:
-    """No policy is faster: it computes everything, and loads what Belady with bypass loads."""
-    slots, cost = setting.spec.slots_of(part.num_layers, part.num_experts, part.top_k), setting.cost
-    compute_s = part.num_tokens * part.num_layers * (cost.attention_s + part.top_k * cost.expert_s)
-    return float(max(compute_s, belady_loads(part, slots, bypass=True).sum() * cost.load_s))
+    """No policy is faster: it computes everything, and loads what Belady with bypass loads, slots shared."""
+    return max(least_times(part, setting.spec))
 
 
 def parts_of(workload: Workload, count: int, tokens: int) -> list[Workload]:
