@@ -32,8 +32,6 @@ OBJECTIVES = {
     "deadline": "deadline_misses",
 }
 """Objective -> its metric."""
-DEADLINE_SLACK = 3.0
-"""Deadlines, as multiples of a job's shortest possible latency."""
 COMPARED = ("heft_rt", "late_srpt")
 """Rules that agents are shown beside."""
 AGENT = r"agent(?:_([1-9]\d*)(_climb)?)?"
@@ -50,6 +48,8 @@ class StreamArgs:
     """Mean us between arrivals (DS3's scale); 0: all jobs are there at the start."""
     window: int = 1
     """Jobs in a run."""
+    deadline_slack: float = 3.0
+    """For the objective deadline: when a job is due, in its shortest possible latencies after its arrival."""
     big: int = 1
     """threads: PEs that are a core."""
     little: int = 1
@@ -120,7 +120,8 @@ class SocComparison:
         noise = f", {self.spec.noise} noise {self.spec.noise_sigma:g}" if self.spec.noise_sigma else ""
         jobs = f"{self.stream.num_jobs} jobs {arrivals}" if self.stream.num_jobs > 1 else "1 job"
         chosen = ", frequencies chosen" if self.spec.choose_frequency else ""
-        self.instance = f"{jobs} on {self.soc.name}{noise}, {self.spec.transfers}, {self.spec.objective}{chosen}"
+        slack = f" slack {self.stream.slack:g}" if self.spec.objective == "deadline" else ""
+        self.instance = f"{jobs} on {self.soc.name}{noise}, {self.spec.transfers}, {self.spec.objective}{slack}{chosen}"
         self.source = self.stream.source
         first = OBJECTIVES[self.spec.objective]
         others = ("mean_latency", "p95_latency", "mean_slowdown", "makespan", "energy", "deadline_misses")
@@ -308,7 +309,7 @@ def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[
 
         return soc_dag_threads.open_comparison(args)
     policies = find_policies(args.policies)
-    slack = DEADLINE_SLACK if args.objective == "deadline" else float("inf")
+    slack = args.deadline_slack if args.objective == "deadline" else float("inf")
     soc, stream = find_stream(args.workload, args.gap, args.window, slack=slack, data_dir=args.data_dir)
     noise = "none" if args.noise == 0 else "normal" if args.workload.endswith("ds3") else "lognormal"
     spec = SocDagSpec(

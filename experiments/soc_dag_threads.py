@@ -13,7 +13,7 @@ import numpy as np
 from ..envs.core.errors import InputError
 from . import command
 from .domain import Deployment, Moved, Served, decision_metrics, serve
-from .soc_dag import COMPARED, DEADLINE_SLACK, SocComparison, find_policies, fingerprint
+from .soc_dag import COMPARED, SocComparison, find_policies, fingerprint
 
 if TYPE_CHECKING:
     from ..envs.soc_dag.workload import Workload
@@ -134,7 +134,7 @@ def open_threads(args: Any, objective: str) -> ThreadsComparison:
     from ..real_backend.threads import Executor
     from ..real_backend.threads_programs import find_stream, unmeasured_costs
 
-    counts, slack = cores_of(args), DEADLINE_SLACK if objective == "deadline" else float("inf")
+    counts, slack = cores_of(args), args.deadline_slack if objective == "deadline" else float("inf")
     if objective in ("energy", "edp"):
         raise InputError("cores do not say what they draw", remedy="Choose another objective")
 

@@ -54,8 +54,16 @@ def test_a_stream_with_noise_and_deadlines(tmp_path, capsys):
     argv += ["--objective", "deadline", "--policies", "heft_rt", "late_laxity", "--out", str(out)]
     assert evaluate.main(argv) == 0
     assert "lognormal noise 0.3" in capsys.readouterr().out
-    assert "deadline_misses" in set(read_results(out / "results.csv")["metric"])
+    frame = read_results(out / "results.csv")
+    assert "deadline_misses" in set(frame["metric"]) and frame["instance"].str.contains("deadline slack 3").all()
     assert evaluate.main(["--validate", str(out)]) == 0
+    late = [frame[frame["metric"] == "deadline_misses"]["value"].mean()]
+    for slack in ("1.05", "20"):
+        assert evaluate.main([*argv[:-1], str(tmp_path / slack), "--deadline-slack", slack]) == 0
+        frame = read_results(tmp_path / slack / "results.csv")
+        late.append(frame[frame["metric"] == "deadline_misses"]["value"].mean())
+    assert late[1] > late[0] >= late[2] == 0
+    assert "slack" in error_of(capsys, *argv[1:-2], "--deadline-slack", "0")
 
 
 @needs_data
