@@ -152,6 +152,7 @@ class ExpertEngine:
         self.workload = workload
         self._channel.clear()
         self._in_flight: dict[tuple[int, int], Load] = {}  # prefetches, in the order of the channel's queue
+        self._urgent: list[Load] = []  # of the present layer
         sim = new_sim(self.capacity, workload, True, batches)
         for name in ("attention_s", "attention_token_s", "step_s"):
             sim.cost[name] = 0.0  # measured, not modelled: see `book_epoch`
@@ -238,6 +239,9 @@ class ExpertEngine:
         if self._paused_at is not None and self._is_started:
             away_s = time.perf_counter() - self._paused_at
             self._origin, self._answered = self._origin + away_s, self._answered + away_s
+            for load in (*self._in_flight.values(), *self._urgent):
+                if load.is_ready:  # since the last gate, before the pause: not booked yet
+                    load.ready_at += away_s
         self._paused_at = None
         self._channel.go_on()
 
@@ -354,8 +358,8 @@ class ExpertEngine:
         # in the order of the channel's queue, which is that of `_in_flight`
         self._late = {e: load for (of, e), load in self._in_flight.items() if of == layer and e in needed}
         spare = self._buffers[self._num_slots :]
-        urgent = [Load(layer * width + e, buffer, True) for e, buffer in zip(missing, spare, strict=False)]
-        self._num_urgent = self._channel.submit(list(self._late.values()), urgent, ())
+        self._urgent = [Load(layer * width + e, buffer, True) for e, buffer in zip(missing, spare, strict=False)]
+        self._num_urgent = self._channel.submit(list(self._late.values()), self._urgent, ())
 
     def _send_prefetches(self, decision: Decision) -> list[tuple[int, int]]:
         """Hand the decision's cancellations and prefetches to the channel.

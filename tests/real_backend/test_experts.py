@@ -215,6 +215,7 @@ def test_a_pause_is_no_part_of_the_run(model, workload):
             policies[i].decide(engine.state(), decision)
             outcome = engine.step(decision)
             seconds[i], done[i] = seconds[i] + outcome.seconds, outcome.done
+            time.sleep(5e-4)  # so that loads end between a gate and a pause
             engine.pause()
             held = engine._channel.progress(list(engine._in_flight.values()))[1]
             time.sleep(1e-3)
