@@ -140,11 +140,6 @@ def serve(spec: ExpertCachingSpec, policy: Any, part: Workload) -> dict[str, flo
     }
 
 
-def bound_s(setting: Setting, part: Workload) -> float:
-    """No policy is faster: it computes everything, and loads what Belady with bypass loads, slots shared."""
-    return max(least_times(part, setting.spec))
-
-
 def parts_of(workload: Workload, count: int, tokens: int) -> list[Workload]:
     """Disjoint parts by whole sequences, the last sequence of each cut."""
     parts = workload.split(*[1 / count] * count, seed=1)
@@ -169,7 +164,7 @@ def measure(args: Args) -> dict[str, Any]:
         for name, spec, policy_for in entries(setting, args, train, prefetchers):
             command.say(f"{setting.name}: {name}")
             runs[name] = [serve(spec, policy_for(part), part) for part in parts]
-        cells[setting.name] = {"bound_s": [bound_s(setting, part) for part in parts], "rows": runs}
+        cells[setting.name] = {"bound_s": [max(least_times(part, setting.spec)) for part in parts], "rows": runs}
     return {"parts": args.parts, "tokens": args.tokens, "trace": test.source, "cells": cells}
 
 
