@@ -79,7 +79,7 @@ class EvaluateArgs(StreamArgs, evaluate.Args):
     noise: float = 0.0
     """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
     transfers: Literal["pull", "push"] = "pull"
-    """Data move when their consumer is bound (as in DS3), or as soon as they are made, wherever they may be needed."""
+    """Data move when their consumer is bound, or (as in DS3) as soon as they are made, wherever they may be needed."""
     choose_frequency: bool = False
     """Every decision may choose the frequency at which a task runs; else all run at their PE's default one."""
     backend: Literal["sim", "threads"] = "sim"

@@ -44,7 +44,7 @@ class StreamCell:
     slack: float = math.inf
     """Deadlines, as multiples of a graph's shortest possible latency."""
     transfers: str = "pull"
-    """When data move: as their consumer is bound, as in DS3, or as soon as they are made ("push")."""
+    """When data move: as their consumer is bound, or, as in DS3, as soon as they are made ("push")."""
     choose_frequency: bool = False
     """Decisions name operating points."""
 
