@@ -17,8 +17,8 @@ from ..core.errors import InputError
 BINDINGS = ("late", "ready", "arrival")
 """When a task may be bound to a PE: when the PE is idle; when its predecessors are finished; when its job arrives."""
 TRANSFERS = ("pull", "push")
-"""When data begin to move: when their consumer is bound (and their producer finished), as in DS3; when their producer
-is finished, to wherever they may be needed, as the literature on static schedules has it."""
+"""When data begin to move: when their consumer is bound (and their producer finished); when their producer is
+finished, to wherever they may be needed, as in DS3 and in the literature on static schedules."""
 NOISES = ("none", "normal", "lognormal")
 """How a duration comes from the nominal time t and a standard normal z (sigma is `noise_sigma`): t;
 max(rint(t + sigma t z), 1), as DS3 does; t exp(sigma z - sigma^2 / 2), which keeps the mean."""
