@@ -209,7 +209,7 @@ RULES: dict[str, Rule] = {
         listed_rule("stf", SHORTEST, FINISH, source="shortest task first of DS3"),
         listed_rule("min_min", SOONEST, FINISH, source=_BRAUN),
         listed_rule("max_min", LAST, FINISH, source=_BRAUN),
-        listed_rule("heft_rt", LONGEST, COMPUTED, source=f"DS3's and gym_ds3's; {_MACK}"),
+        listed_rule("heft_rt", LONGEST, COMPUTED, source=f"gym_ds3's, but for ties; {_MACK}"),
         late_rule("late_fifo", ARRIVED),
         late_rule("late_rank", RANK),
         late_rule("late_srpt", REMAINING, "Schrage, Operations Research 1968, over the jobs' remaining work"),
