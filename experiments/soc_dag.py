@@ -17,6 +17,7 @@ from . import deploy, evaluate
 from .domain import Deployment, Moved, Served, check_named_once, weights_digest
 
 if TYPE_CHECKING:
+    from ..agents.soc_dag_rollout import RolloutScheduling
     from ..envs.soc_dag.library import Plan
     from ..envs.soc_dag.spec import Soc, SocDagSpec
     from ..envs.soc_dag.workload import Dag, Stream, Workload
@@ -36,6 +37,8 @@ COMPARED = ("heft_rt", "late_srpt")
 """Rules that agents are shown beside."""
 AGENT = r"agent(?:_([1-9]\d*)(_climb)?)?"
 """The shipped agent: deciding online, or planning by the best of so many schedules, with local search from each."""
+ROLLOUT = r"agent_rollout_([1-9]\d*)"
+"""The shipped agent, its likeliest rows played on under so many draws of the durations before each decision."""
 CLIMB = r"climb_([1-9]\d*)"
 """Local search from the plans of the static schedulers, so many times."""
 
@@ -70,7 +73,8 @@ class EvaluateArgs(StreamArgs, evaluate.Args):
     """What is scheduled."""
     policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
     """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed; `agent`
-    (the shipped one), agent_<n> (plans by the best of n of its schedules), or the folder of a checkpoint."""
+    (the shipped one), agent_<n> (plans by the best of n of its schedules), agent_rollout_<n> (tries its likeliest rows
+    out under n draws of the durations, at every decision), or the folder of a checkpoint."""
     workload: str = "random"
     """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
     (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
@@ -243,6 +247,15 @@ def sampling_planner(name: str, samples: int, is_climbed: bool) -> Planner:
     return Planner(name, plan, f"best of {samples} schedules of the shipped agent{climbed}")
 
 
+def rollout_scheduler(name: str, scenarios: int) -> RolloutScheduling:
+    """The shipped agent with rollouts of late SRPT. Raises InputError."""
+    from ..agents.soc_dag import load_pointer
+    from ..agents.soc_dag_rollout import RolloutScheduling
+    from ..baselines.soc_dag import RULES
+
+    return RolloutScheduling(name, load_pointer(), RULES["late_srpt"], scenarios)
+
+
 def climbing_planner(name: str, starts: int) -> Planner:
     """The best of `starts` climbs from the plans of the static schedulers."""
     from ..baselines.soc_climb import climb_from_static
@@ -258,7 +271,7 @@ def checkpoint_of(name: str) -> Path | None:
     """The checkpoint folder that a name means: the shipped one, the folder itself, or its final/; else None."""
     from ..agents.soc_dag import SHIPPED
 
-    folder = SHIPPED if re.fullmatch(AGENT, name) else Path(name).expanduser()
+    folder = SHIPPED if re.fullmatch(f"{AGENT}|{ROLLOUT}", name) else Path(name).expanduser()
     found = [one for one in (folder, folder / "final") if (one / "policy.safetensors").exists()]
     return found[0] if found else folder if folder.is_dir() else None
 
@@ -286,6 +299,8 @@ def find_policies(names: Sequence[str]) -> list[Any]:
             found.append(climbing_planner(name, int(climbing[1])))
         elif (planning := re.fullmatch(AGENT, name)) and planning[1]:
             found.append(sampling_planner(name, int(planning[1]), bool(planning[2])))
+        elif rolling := re.fullmatch(ROLLOUT, name):
+            found.append(rollout_scheduler(name, int(rolling[1])))
         elif (folder := checkpoint_of(name)) is not None:
             found.append(load_pointer(folder, name))
         else:
@@ -294,7 +309,7 @@ def find_policies(names: Sequence[str]) -> list[Any]:
                 f"no policy is called {name!r}",
                 remedy=(f"Did you mean {close[0]!r}? " if close else "")
                 + f"Policies are {', '.join([*RULES, *STATIC])}, climb_<starts>, agent, agent_<samples>, "
-                "agent_<samples>_climb, or a checkpoint folder",
+                "agent_<samples>_climb, agent_rollout_<draws>, or a checkpoint folder",
             )
     return found
 

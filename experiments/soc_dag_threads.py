@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,13 +152,22 @@ def open_threads(args: Any, objective: str) -> ThreadsComparison:
     return ThreadsComparison(args.workload, spec.soc, stream_of(costs), spec, Cores(args.tile), "threads")
 
 
+def find_online(names: Sequence[str]) -> list[Any]:
+    """`find_policies`, but for those that need a simulator. Raises InputError."""
+    found = find_policies(names)
+    for policy in found:
+        if not (hasattr(policy, "decide") or hasattr(policy, "plan")):
+            raise InputError(f"policy {policy.name!r} runs in the simulator only", remedy="Choose agent")
+    return found
+
+
 def open_comparison(args: Any) -> tuple[ThreadsComparison, list[Any], dict[str, str | None]]:
     """The comparison, its policies, and digests of their weights. Raises InputError."""
     if args.noise:
         raise InputError(f"--noise is {args.noise}", remedy="Leave it out: the machine makes its own")
     if args.choose_frequency:
         raise InputError("cores do not change their frequency here", remedy="Leave --choose-frequency out")
-    policies = find_policies(args.policies)
+    policies = find_online(args.policies)
     return open_threads(args, args.objective), policies, {name: fingerprint(name) for name in args.policies}
 
 
@@ -167,7 +176,7 @@ def open_deployment(args: Any) -> Deployment:
     from ..real_backend.threads_guard import CompiledGuard, GuardedScheduler
     from .soc_dag import Planner, rule_of
 
-    policy, *others = find_policies(list(dict.fromkeys((args.policy, *COMPARED))))
+    policy, *others = find_online(list(dict.fromkeys((args.policy, *COMPARED))))
     comparison = open_threads(args, args.objective)
     if isinstance(policy, Planner):
         policy = rule_of(policy, comparison.draw(args.seed), comparison.spec)

@@ -66,6 +66,14 @@ def test_a_stream_with_noise_and_deadlines(tmp_path, capsys):
     assert "slack" in error_of(capsys, *argv[1:-2], "--deadline-slack", "0")
 
 
+def test_the_agent_with_rollouts(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["soc_dag", "--workload", "cholesky_3", "--gap", "60", "--window", "6", "--noise", "0.3", "--seeds", "1"]
+    assert evaluate.main([*argv, "--policies", "late_srpt", "agent_rollout_4", "--out", str(out)]) == 0
+    assert evaluate.main(["--validate", str(out)]) == 0
+    assert "1 scenarios" in error_of(capsys, *argv[1:], "--policies", "agent_rollout_1")
+
+
 @needs_data
 def test_frequencies_can_be_chosen(tmp_path, capsys):
     """Slack turned into lower frequencies saves energy, and the results say that it was allowed."""

@@ -97,6 +97,9 @@ def test_what_is_refused(costs, capsys, tmp_path):
     assert "as in cholesky_8@256" in refused(capsys, fidelity, "threads", "--graphs", "cholesky_8")
     assert "Did you mean 'heft'" in refused(capsys, fidelity, "threads", "--policies", "hefd")
     assert "repeats" in refused(capsys, fidelity, "threads", "--repeats", 0)
+    for command, argv in ((deploy, ["agent_rollout_8"]), (evaluate, ["soc_dag", "--policies", "agent_rollout_8"])):
+        message = refused(capsys, command, *argv, "--backend", "threads", "--cost-model", costs)
+        assert "'agent_rollout_8' runs in the simulator only" in message
 
 
 @two_cores
