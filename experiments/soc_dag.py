@@ -82,8 +82,9 @@ class EvaluateArgs(StreamArgs, evaluate.Args):
     """What the first column shows."""
     noise: float = 0.0
     """Relative spread of the durations: normal as in DS3 for ds3, lognormal else; the same draws for every policy."""
-    transfers: Literal["pull", "push"] = "pull"
-    """Data move when their consumer is bound, or (as in DS3) as soon as they are made, wherever they may be needed."""
+    transfers: Literal["pull", "push"] | None = None
+    """Data move when their consumer is bound (pull), or as soon as they are made, wherever they may be needed (push).
+    Default: push for ds3 and gym_ds3, whose own simulators do so, else pull."""
     choose_frequency: bool = False
     """Every decision may choose the frequency at which a task runs; else all run at their PE's default one."""
     backend: Literal["sim", "threads"] = "sim"
@@ -326,11 +327,11 @@ def open_comparison(args: EvaluateArgs) -> tuple[SocComparison, list[Any], dict[
     policies = find_policies(args.policies)
     slack = args.deadline_slack if args.objective == "deadline" else float("inf")
     soc, stream = find_stream(args.workload, args.gap, args.window, slack=slack, data_dir=args.data_dir)
-    noise = "none" if args.noise == 0 else "normal" if args.workload.endswith("ds3") else "lognormal"
+    is_ds3 = args.workload in ("ds3", "gym_ds3")
     spec = SocDagSpec(
         soc,
-        transfers=args.transfers,
-        noise=noise,
+        transfers=args.transfers or ("push" if is_ds3 else "pull"),
+        noise="none" if args.noise == 0 else "normal" if is_ds3 else "lognormal",
         noise_sigma=args.noise,
         choose_frequency=args.choose_frequency,
         objective=args.objective,

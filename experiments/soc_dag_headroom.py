@@ -383,8 +383,8 @@ class Config:
     """Runs of a stream."""
     jobs: int = 2000
     """Jobs in a run of DS3's mix."""
-    transfers: Literal["pull", "push"] = "pull"
-    """When data move in DS3's mix: as their consumer is bound, or as soon as they are made."""
+    transfers: Literal["pull", "push"] = "push"
+    """When data move in the table ds3: as soon as they are made, as in DS3, or as their consumer is bound."""
     quick: bool = False
     """A few seconds a table: to see that it works."""
 

@@ -32,7 +32,7 @@ DATA = Path(os.environ.get("SCHEDLAB_DATA", "nowhere")) / "task_dags"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no task_dags/ in SCHEDLAB_DATA")
-@pytest.mark.parametrize("table", [["streams"], ["ds3", "--transfers", "push"]])
+@pytest.mark.parametrize("table", [["streams"], ["ds3"]])
 def test_rules_are_measured_once_for_all_agents(table, tmp_path, capsys):
     torch.manual_seed(0)
     config = {"env_id": ENV_ID, "spec": SocDagSpec(uniform_soc(2)).to_dict(), "feature_version": FEATURE_VERSION}
