@@ -175,18 +175,19 @@ def play_on(state, table, row, race, lived, decide, params, memory):
 
 @njit_borrowed
 def count_open(race: Race, count: int, played: int) -> int:
-    """Drop the rows that are clearly worse than the first one, or than a clearly better one; 0: the race is decided."""
+    """Drop the rows that are clearly no better than the first one, or worse than a clearly better one. Returns how many
+    are left to be told from the first; 0: the race is decided."""
     sums, squares, is_out = race.sums, race.squares, race.is_out
     bar = 0.0
     for i in range(1, count):
         if not is_out[i]:
             bar = min(bar, sums[i] / played + SURE * error_of(sums[i], squares[i], played))
-    left, at_best = 0, 0.0
+    left = 0
     for i in range(1, count):
         if is_out[i]:
             continue
         at_best = sums[i] / played - SURE * error_of(sums[i], squares[i], played)
-        is_out[i] = at_best > bar or (bar == 0.0 and at_best == 0.0)
+        is_out[i] = at_best >= 0.0 or at_best > bar
         left += not is_out[i]
     return 0 if left == 1 and bar < 0.0 else left
 
