@@ -17,7 +17,7 @@ from ..envs.core.errors import InputError
 from ..envs.core.kernel import UNCOUNTED, njit, njit_borrowed, njit_inlined
 from ..envs.soc_dag.env import loss_of
 from ..envs.soc_dag.rule import Rule
-from ..envs.soc_dag.sim import Sim, Simulator, duration_us, new_sim, run_decision, set_active
+from ..envs.soc_dag.sim import Sim, Simulator, duration_us, new_sim, run_decision, run_rule, set_active
 from ..envs.soc_dag.state import BUSY, FETCHING, Decision, State, empty_decision, nominal_us, reset_decision
 from ..envs.soc_dag.table import choose
 from .compiled import deepsets_logits
@@ -152,10 +152,12 @@ def rank_rows(desk: Desk, rows: np.ndarray, most: int) -> int:
 
 
 @njit_inlined
-def error_of(total: float, square: float, count: int) -> float:
-    """Standard error of a mean of `count` values, given their sum and the sum of their squares."""
-    mean = total / count
-    return np.sqrt(max(square / count - mean * mean, 0.0) / count)
+def bounds(race: Race, i: int, played: int):
+    """How much worse than the first row the i-th one is at best, and at worst: its mean over scenarios, less and more
+    `SURE` standard errors."""
+    mean = race.sums[i] / played
+    error = np.sqrt(max(race.squares[i] / played - mean * mean, 0.0) / played)
+    return mean - SURE * error, mean + SURE * error
 
 
 @njit(**UNCOUNTED)
@@ -166,10 +168,7 @@ def play_on(state, table, row, race, lived, decide, params, memory):
     reset_decision(race.decision)
     choose(table, race.decision, row)
     run_decision(race.played, race.decision)
-    while not race.played.books[0].done:
-        reset_decision(race.decision)
-        decide(race.played.state, params, memory, race.decision)
-        run_decision(race.played, race.decision)
+    run_rule(race.played, decide, params, memory, race.decision)
     return loss_of(race.played)
 
 
@@ -177,18 +176,15 @@ def play_on(state, table, row, race, lived, decide, params, memory):
 def count_open(race: Race, count: int, played: int) -> int:
     """Drop the rows that are clearly no better than the first one, or worse than a clearly better one. Returns how many
     are left to be told from the first; 0: the race is decided."""
-    sums, squares, is_out = race.sums, race.squares, race.is_out
-    bar = 0.0
+    is_out, bar, left = race.is_out, 0.0, 0
     for i in range(1, count):
         if not is_out[i]:
-            bar = min(bar, sums[i] / played + SURE * error_of(sums[i], squares[i], played))
-    left = 0
+            bar = min(bar, bounds(race, i, played)[1])
     for i in range(1, count):
-        if is_out[i]:
-            continue
-        at_best = sums[i] / played - SURE * error_of(sums[i], squares[i], played)
-        is_out[i] = at_best >= 0.0 or at_best > bar
-        left += not is_out[i]
+        if not is_out[i]:
+            at_best = bounds(race, i, played)[0]
+            is_out[i] = at_best >= 0.0 or at_best > bar
+            left += not is_out[i]
     return 0 if left == 1 and bar < 0.0 else left
 
 
@@ -216,10 +212,8 @@ def best_row(state, table, count, race, scenarios, decide, params, memory):
             left = count_open(race, count, played)
     best, least = 0, 0.0
     for i in range(1, count):
-        if not is_out[i]:
-            at_worst = sums[i] / played + SURE * error_of(sums[i], squares[i], played)
-            if at_worst < least:
-                best, least = i, at_worst
+        if not is_out[i] and bounds(race, i, played)[1] < least:
+            best, least = i, bounds(race, i, played)[1]
     return race.rows[best]
 
 
