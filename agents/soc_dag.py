@@ -338,7 +338,7 @@ def sampled_plans(
     plans = drawn_forwards(policy, soc, dag, samples - backwards, temperature, seed)
     if backwards:
         drawn = drawn_forwards(policy, turned_soc(soc), turned(dag), backwards, temperature, seed)
-        plans += [read_from_end(plan) for plan in drawn]
+        plans += [plan.turned() for plan in drawn]
     return plans
 
 
@@ -352,12 +352,6 @@ def drawn_forwards(
     pe, times = np.empty((samples, dag.num_tasks), np.int64), np.empty((samples, 2, dag.num_tasks))
     draw_plans(sim, policy.weights, policy.desk_for(sim.state), log, empty_decision(), temperature, seed, pe, times)
     return [Plan(to, *when) for to, when in zip(pe, times, strict=True)]
-
-
-def read_from_end(plan: Plan) -> Plan:
-    """The plan of a turned graph as one of the graph itself."""
-    end = plan.makespan_us
-    return Plan(plan.pe[::-1], end - plan.finish[::-1], end - plan.start[::-1])
 
 
 def turned(dag: Dag) -> Dag:

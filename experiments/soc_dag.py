@@ -231,7 +231,7 @@ def static_planner(name: str) -> Planner:
 
 
 def sampling_planner(name: str, samples: int, is_climbed: bool) -> Planner:
-    """The shipped agent, planning every graph by the best of its schedules, after local search from each if wanted.
+    """The shipped agent, planning every graph by the best of its schedules, justified, and climbed from if wanted.
 
     Raises InputError.
     """
@@ -244,8 +244,8 @@ def sampling_planner(name: str, samples: int, is_climbed: bool) -> Planner:
     def plan(dag: Dag, spec: SocDagSpec) -> Plan:
         return best_climbed(Graph.of(dag, spec.soc), sampled_plans(agent, spec.soc, dag, samples), moves)
 
-    climbed = f", each climbed by {moves} moves" if moves else ""
-    return Planner(name, plan, f"best of {samples} schedules of the shipped agent{climbed}")
+    climbed = f" and climbed by {moves} moves" if moves else ""
+    return Planner(name, plan, f"best of {samples} schedules of the shipped agent, each justified{climbed}")
 
 
 def rollout_scheduler(name: str, scenarios: int) -> RolloutScheduling:
@@ -258,14 +258,14 @@ def rollout_scheduler(name: str, scenarios: int) -> RolloutScheduling:
 
 
 def climbing_planner(name: str, starts: int) -> Planner:
-    """The best of `starts` climbs from the plans of the static schedulers."""
+    """The best of `starts` climbs from the justified plans of the static schedulers."""
     from ..baselines.soc_climb import climb_from_static
     from ..envs.soc_dag.library import Graph
 
     def plan(dag: Dag, spec: SocDagSpec) -> Plan:
         return climb_from_static(Graph.of(dag, spec.soc), starts)
 
-    return Planner(name, plan, f"best of {starts} climbs from the plans of the static schedulers")
+    return Planner(name, plan, f"best of {starts} climbs from the justified plans of the static schedulers")
 
 
 def checkpoint_of(name: str) -> Path | None:

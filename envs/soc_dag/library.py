@@ -49,6 +49,22 @@ class Graph(NamedTuple):
             np.array([soc.whole_us], np.int64),
         )
 
+    def turned(self) -> Graph:
+        """The graph with its edges turned round, its tasks in the opposite order and links that go the other way."""
+        last = len(self.times) - 1
+        return Graph(
+            np.ascontiguousarray(self.times[::-1]),
+            self.in_first[-1] - self.in_first[::-1],
+            last - self.in_task[::-1],
+            self.in_volume[::-1].copy(),
+            self.out_first[-1] - self.out_first[::-1],
+            last - self.out_task[::-1],
+            self.out_volume[::-1].copy(),
+            np.ascontiguousarray(self.latency.T),
+            np.ascontiguousarray(self.bandwidth.T),
+            self.whole,
+        )
+
 
 class Plan(NamedTuple):
     """Where and when every task of one graph runs."""
@@ -65,6 +81,11 @@ class Plan(NamedTuple):
     def order(self) -> np.ndarray:
         """int64 (n,): the tasks in the order of their start; tasks without length before those that begin with them."""
         return np.lexsort((np.arange(len(self.start)), self.finish, self.start))
+
+    def turned(self) -> Plan:
+        """The plan read from its end: one of the turned graph. Twice: the plan itself, from time 0."""
+        end = self.makespan_us
+        return Plan(self.pe[::-1].copy(), end - self.finish[::-1], end - self.start[::-1])
 
 
 @njit_borrowed

