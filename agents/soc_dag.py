@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -337,7 +336,7 @@ def sampled_plans(
     backwards = samples // 2
     plans = drawn_forwards(policy, soc, dag, samples - backwards, temperature, seed)
     if backwards:
-        drawn = drawn_forwards(policy, turned_soc(soc), turned(dag), backwards, temperature, seed)
+        drawn = drawn_forwards(policy, soc.turned(), dag.turned(), backwards, temperature, seed)
         plans += [plan.turned() for plan in drawn]
     return plans
 
@@ -352,18 +351,6 @@ def drawn_forwards(
     pe, times = np.empty((samples, dag.num_tasks), np.int64), np.empty((samples, 2, dag.num_tasks))
     draw_plans(sim, policy.weights, policy.desk_for(sim.state), log, empty_decision(), temperature, seed, pe, times)
     return [Plan(to, *when) for to, when in zip(pe, times, strict=True)]
-
-
-def turned(dag: Dag) -> Dag:
-    """The graph with its edges turned round and its tasks in the opposite order."""
-    last = dag.num_tasks - 1
-    return Dag.from_arrays(dag.name, dag.times[::-1], last - dag.edges[:, ::-1], dag.volumes)
-
-
-def turned_soc(soc: Soc) -> Soc:
-    """The SoC whose links go the other way."""
-    bandwidth, latency_us = (tuple(zip(*links, strict=True)) for links in (soc.bandwidth, soc.latency_us))
-    return replace(soc, bandwidth=bandwidth, latency_us=latency_us)
 
 
 def load_pointer(folder: str | PathLike[str] = SHIPPED, name: str | None = None) -> PointerScheduling:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..envs.core.kernel import njit, njit_borrowed
 from ..envs.soc_dag.library import Graph, Plan, transfer_us
-from .soc_justify import justify
+from .soc_justify import justified
 from .soc_static import STATIC
 
 MOVES = 500
@@ -125,12 +125,11 @@ def climb(graph: Graph, plan: Plan, moves: int = MOVES, seed: int = 0) -> Plan:
 
 
 def best_climbed(graph: Graph, plans: Iterable[Plan], moves: int = MOVES, seed: int = 0) -> Plan:
-    """The shortest of plans, after climbing from each, justified (`soc_justify`); without moves only justified."""
-    ends = (climb(graph, justify(graph, plan), moves, seed + i) for i, plan in enumerate(plans))
-    return min(ends, key=lambda plan: plan.makespan_us)
+    """The shortest of plans, after climbing from each."""
+    return min((climb(graph, plan, moves, seed + i) for i, plan in enumerate(plans)), key=lambda plan: plan.makespan_us)
 
 
 def climb_from_static(graph: Graph, starts: int = 64, moves: int = MOVES) -> Plan:
     """The best of `starts` climbs from the justified plans of the static schedulers, which take turns."""
-    plans = [scheduler(graph) for scheduler in STATIC.values()]
+    plans = justified(graph, (scheduler(graph) for scheduler in STATIC.values()))
     return best_climbed(graph, (plans[i % len(plans)] for i in range(starts)), moves)

@@ -135,17 +135,32 @@ def pop_highest(ready, num_ready, priority):
 
 
 @njit(cache=True)
-def heft_kernel(graph):
-    """Tasks by upward rank, each where it finishes first. See `heft`."""
+def insertion_kernel(graph, order, own):
+    """Tasks in a topological order, each where it finishes first, in gaps too: on the PE own[task], -1: on any.
+
+    order, own int64 (n,).
+    """
     n, p = graph.times.shape
-    ranks, none = np.empty(n), np.zeros(p)
-    write_upward_ranks(graph, ranks)
-    order = np.argsort(-ranks, kind="mergesort")
     pe, start, finish = np.full(n, -1), np.empty(n), np.empty(n)
     last, before, following, arrivals = np.full(p, -1), np.empty(n, np.int64), np.empty(n, np.int64), np.empty(p)
+    extra = np.zeros(p)
     for task in order:
-        place_soonest(graph, task, none, arrivals, last, before, following, pe, start, finish)
+        if own[task] >= 0:
+            extra[:] = np.inf
+            extra[own[task]] = 0.0
+        else:
+            extra[:] = 0.0
+        place_soonest(graph, task, extra, arrivals, last, before, following, pe, start, finish)
     return pe, start, finish
+
+
+@njit(cache=True)
+def heft_kernel(graph):
+    """Tasks by upward rank, each where it finishes first. See `heft`."""
+    n = len(graph.times)
+    ranks = np.empty(n)
+    write_upward_ranks(graph, ranks)
+    return insertion_kernel(graph, np.argsort(-ranks, kind="mergesort"), np.full(n, -1))
 
 
 @njit(cache=True)

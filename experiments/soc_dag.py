@@ -237,12 +237,14 @@ def sampling_planner(name: str, samples: int, is_climbed: bool) -> Planner:
     """
     from ..agents.soc_dag import load_pointer, sampled_plans
     from ..baselines.soc_climb import MOVES, best_climbed
+    from ..baselines.soc_justify import justified
     from ..envs.soc_dag.library import Graph
 
     agent, moves = load_pointer(), MOVES if is_climbed else 0
 
     def plan(dag: Dag, spec: SocDagSpec) -> Plan:
-        return best_climbed(Graph.of(dag, spec.soc), sampled_plans(agent, spec.soc, dag, samples), moves)
+        graph = Graph.of(dag, spec.soc)
+        return best_climbed(graph, justified(graph, sampled_plans(agent, spec.soc, dag, samples)), moves)
 
     climbed = f" and climbed by {moves} moves" if moves else ""
     return Planner(name, plan, f"best of {samples} schedules of the shipped agent, each justified{climbed}")

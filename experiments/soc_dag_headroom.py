@@ -33,6 +33,7 @@ import tyro
 from ..agents.soc_dag import SHIPPED, PointerScheduling, load_pointer, sampled_plans
 from ..baselines.soc_climb import MOVES, best_climbed, climb_from_static
 from ..baselines.soc_dag import RULES
+from ..baselines.soc_justify import justified
 from ..baselines.soc_linear import linear_rule
 from ..baselines.soc_static import STATIC, placement_rule, plan_rule
 from ..envs.core.errors import InputError
@@ -82,13 +83,14 @@ def plans_of(agent: PointerScheduling, soc: Soc, dag: Dag, samples: int) -> dict
 
     `agent` is greedy, from the beginning, as it stands; `agent_2` greedy from the beginning and from the end.
     """
-    graph, drawn = Graph.of(dag, soc), sampled_plans(agent, soc, dag, samples)
+    graph, greedy = Graph.of(dag, soc), sampled_plans(agent, soc, dag, 2)
+    drawn = justified(graph, sampled_plans(agent, soc, dag, samples))
     plans = {name: scheduler(graph) for name, scheduler in STATIC.items()}
     return plans | {
-        JUSTIFIED: best_climbed(graph, plans.values(), 0),
+        JUSTIFIED: best_climbed(graph, justified(graph, plans.values()), 0),
         f"climb_{samples}": climb_from_static(graph, samples),
-        "agent": drawn[0],
-        "agent_2": best_climbed(graph, (drawn[0], drawn[samples - samples // 2]), 0),
+        "agent": greedy[0],
+        "agent_2": best_climbed(graph, justified(graph, greedy), 0),
         f"agent_{samples}": best_climbed(graph, drawn, 0),
         f"agent_{samples}_climb": best_climbed(graph, drawn, MOVES),
     }
@@ -114,7 +116,7 @@ def single_table(agent: PointerScheduling, args: Config) -> str:
     for cell, graphs in single_graphs(args.quick).items():
         rows = [
             kept(
-                args.own / f"single {cell} {i}.json",
+                args.own / f"plans {cell} {i}.json",
                 lambda soc=soc, dag=dag: measure_single(agent, soc, dag, args.seconds, args.samples),  # type: ignore[misc]
             )
             for i, (soc, dag) in enumerate(graphs)

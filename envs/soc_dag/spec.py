@@ -123,6 +123,11 @@ class Soc:
     def num_pes(self) -> int:
         return sum(kind.count for kind in self.kinds)
 
+    def turned(self) -> Soc:
+        """The SoC whose links go the other way."""
+        bandwidth, latency_us = (tuple(zip(*links, strict=True)) for links in (self.bandwidth, self.latency_us))
+        return replace(self, bandwidth=bandwidth, latency_us=latency_us)
+
     def links(self) -> tuple[np.ndarray, np.ndarray]:
         """(latency, bandwidth), float64 (P, P) each: between any two PEs, and on the diagonal on one PE."""
         kind = self.kind_of_pe

@@ -34,6 +34,11 @@ class Dag:
     source: str = ""
     """Where the graph is from, as printed beside results."""
 
+    def turned(self) -> Dag:
+        """The graph with its edges turned round and its tasks in the opposite order."""
+        last = self.num_tasks - 1
+        return Dag.from_arrays(self.name, self.times[::-1], last - self.edges[:, ::-1], self.volumes)
+
     @property
     def num_tasks(self) -> int:
         return len(self.times)

@@ -20,8 +20,6 @@ from schedlab.agents.soc_dag import (
     log_rule,
     sample_best,
     sampled_plans,
-    turned,
-    turned_soc,
 )
 from schedlab.agents.soc_dag_train import BestOfSamples, Instance, label
 from schedlab.baselines.soc_dag import RULES
@@ -134,10 +132,10 @@ def test_a_schedule_of_the_turned_graph_read_from_its_end_is_a_plan(agent):
     """On links that differ by direction: no longer forwards than backwards, and possible by the checker."""
     links = ((0.5, 2.0, 1.0, 4.0), (1.0, 1.0, 3.0, 0.7), (2.0, 0.6, 1.0, 1.0), (1.0, 5.0, 2.0, 0.8))
     soc = replace(uniform_soc(4), bandwidth=links)
-    assert turned_soc(soc).bandwidth[0][1] == soc.bandwidth[1][0]
+    assert soc.turned().bandwidth[0][1] == soc.bandwidth[1][0]
     for seed in range(4):
         dag = random_layered(14, 4, seed=seed)
-        again = turned(turned(dag))
+        again = dag.turned().turned()
         for name in ("times", "edges", "volumes"):
             np.testing.assert_array_equal(getattr(again, name), getattr(dag, name))
         _, drawn = sampled_plans(agent, soc, dag, 2)  # forwards, backwards

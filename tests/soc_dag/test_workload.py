@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from soc_problems import SMALL_SOC, random_workload
 
+from schedlab.baselines.soc_static import heft
 from schedlab.envs.core.errors import InputError
 from schedlab.envs.soc_dag.catalog import find_stream, workflow_graphs
 from schedlab.envs.soc_dag.generate import (
@@ -563,3 +564,24 @@ def test_moe_layers():
     assert by_name["dispatch 3"] == [25.0, math.inf, math.inf]
     assert by_name["experts 0"] == [math.inf, math.inf, 40.5]
     assert by_name["all-reduce 1"][0] == 28.0
+
+
+def test_a_turned_graph_is_the_graph_of_what_was_turned():
+    """On links that differ by direction; and twice turned, graph and plan are what they were."""
+    links = ((0.5, 2.0, 1.0), (1.0, 1.0, 3.0), (2.0, 0.6, 1.0))
+    soc, dag = replace(uniform_soc(3), bandwidth=links), random_layered(20, 3, seed=4)
+    graph = Graph.of(dag, soc)
+    for mine, theirs in zip(graph.turned(), Graph.of(dag.turned(), soc.turned()), strict=True):
+        np.testing.assert_array_equal(np.sort(mine, axis=0), np.sort(theirs, axis=0))
+    assert out_edges(graph.turned()) == out_edges(Graph.of(dag.turned(), soc.turned()))
+    for mine, again in zip(graph, graph.turned().turned(), strict=True):
+        np.testing.assert_array_equal(mine, again)
+    plan = heft(graph)
+    for mine, again in zip(plan, plan.turned().turned(), strict=True):
+        np.testing.assert_allclose(mine, again)
+
+
+def out_edges(graph: Graph) -> list[tuple[int, int, float]]:
+    """(source, target, volume) of every edge, sorted."""
+    sources = np.repeat(np.arange(len(graph.times)), np.diff(graph.out_first))
+    return sorted(zip(sources.tolist(), graph.out_task.tolist(), graph.out_volume.tolist(), strict=True))
