@@ -191,9 +191,10 @@ def check_times(timeline: Timeline, workload: Workload, spec: ExpertCachingSpec)
             while item.chunks:
                 channel.read_chunk(item)
             arrivals[item.expert] = item.ready_s
+        if prefetches and channel.queue == prefetches:
+            channel.free_s = max(channel.free_s, now_s + cost.decision_s)
         times = {e: cost.expert_s + cost.expert_token_s * count for e, count in uses.items()}
-        end_s = _computed_s(cost, now_s, times, {e: ready_s for (_, e), ready_s in arrivals.items()})
-        stall_s = end_s - now_s - sum(times.values())
+        end_s, stall_s = _computed_s(cost, now_s, times, {e: ready_s for (_, e), ready_s in arrivals.items()})
         for name, told, found in (
             ("start_s", timeline.start_s[epoch], now_s),
             ("end_s", timeline.end_s[epoch], end_s),
@@ -209,14 +210,20 @@ def check_times(timeline: Timeline, workload: Workload, spec: ExpertCachingSpec)
     return problems[:MOST_PROBLEMS]
 
 
-def _computed_s(cost: CostModel, now_s: float, times: dict[int, float], arrivals: dict[int, float]) -> float:
-    """When the last expert is computed: those at hand first, then the others as they arrive."""
+def _computed_s(
+    cost: CostModel, now_s: float, times: dict[int, float], arrivals: dict[int, float]
+) -> tuple[float, float]:
+    """When the last expert is computed, those at hand first, then the others as they arrive, and how long it waited."""
+    decided_s = now_s + cost.decision_s
     if not cost.overlap:
-        return max([now_s, *arrivals.values()]) + sum(times.values())
-    end_s = now_s + sum(seconds for e, seconds in times.items() if e not in arrivals)
+        all_there_s = max([decided_s, *arrivals.values()])
+        return all_there_s + sum(times.values()), all_there_s - decided_s
+    at_hand_s = sum(seconds for e, seconds in times.items() if e not in arrivals)
+    end_s, stall_s = decided_s + at_hand_s, 0.0
     for expert, ready_s in sorted(arrivals.items(), key=lambda arrival: arrival[1]):
+        stall_s += max(ready_s - end_s, 0.0)
         end_s = max(end_s, ready_s) + times[expert]
-    return end_s
+    return end_s, stall_s
 
 
 def _chunks(cost: CostModel, from_store: bool) -> list[float]:

@@ -349,6 +349,17 @@ def queue_prefetches(sim: Sim, decision: Decision) -> None:
 
 
 @njit_borrowed
+def await_decision(sim: Sim, decision: Decision, decided_s: float) -> None:
+    """Keep the channel from reading the decision's prefetches before it is made, if it has nothing else to read."""
+    books, num_new = sim.books[0], decision.plan[0].num_prefetch
+    num_left = 0
+    for place in range(books.num_queued - num_new):
+        num_left += sim.queue[place].chunks_left
+    if num_new > 0 and num_left == 0:
+        books.channel_s = max(books.channel_s, decided_s)
+
+
+@njit_borrowed
 def run_epoch(sim: Sim, decision: Decision) -> bool:
     """Execute one decision and go on to the next gate. False when the workload is finished."""
     state, engine, books = sim.state, sim.state.engine[0], sim.books[0]
@@ -359,6 +370,7 @@ def run_epoch(sim: Sim, decision: Decision) -> bool:
     if decision.plan[0].num_prefetch > 0:  # queued first, and overtaken at once by the loads on demand
         queue_prefetches(sim, decision)
     stall_s = load_on_demand(sim, decision)
+    await_decision(sim, decision, start_s + sim.cost[0].decision_s)
     if engine.bypass:
         swap_in(sim, decision)
     engine.last_stall_s = stall_s

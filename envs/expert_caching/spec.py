@@ -34,7 +34,8 @@ class CostModel:
     step_s: float = 0.0
     """What a step costs outside its layers (embedding, head, sampling)."""
     decision_s: float = 0.0
-    """The policy's decision: nothing is computed before it is made, but what is missing is already being loaded."""
+    """The policy's decision: no prefetch begins and nothing is computed before it is made, but what is missing is
+    already being loaded."""
     chunk_bytes: int = 2 << 20
     chunk_latency_s: float = 0.0
     store_bandwidth: float = 3e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,20 @@ def test_experts_at_hand_are_computed_while_others_load():
         simulator.step(simulator.default_decision())
         # with overlap, the first of two cold experts is computed while the second loads: 8 s of loading less 2
         assert simulator.timeline().stall_s.tolist() == stall
+
+
+def test_nothing_is_computed_before_the_decision_is_made():
+    """Two tokens, top 2, of the same two experts. The first one's load at 1 - 5 and 5 - 9; a decision takes 3 s.
+
+    The first decision is made at 4, and nothing is at hand: a stall until 5, expert 0 until 7, a stall until 9, then
+    expert 1 until 11. At the second gate, at 12, both are at hand, and are computed from 15 to 19.
+    """
+    simulator = Simulator(ExpertCachingSpec(cost=replace(SECONDS, decision_s=3.0), cache_share=1.0))
+    simulator.reset(routing_of([[0, 1]], [[0, 1]]))
+    simulator.step(simulator.default_decision())
+    simulator.step(simulator.default_decision())
+    timeline = simulator.timeline()
+    assert (timeline.end_s.tolist(), timeline.stall_s.tolist()) == ([11, 19], [3, 0])
 
 
 def test_a_demand_load_overtakes_a_prefetch_between_chunks():
@@ -219,7 +234,10 @@ VARIANTS = [
     {"warm_start": True, "prefetch_depth": 2},
     {"overlap": False},
     {"max_prefetch": 0},
+    {"decision_s": 0.009},
+    {"decision_s": 0.07, "num_sequences": 2, "cache_share": 0.7},
 ]
+OF_COST = ("overlap", "decision_s")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -229,7 +247,7 @@ def test_random_play_is_possible(changes, seed):
     rng = np.random.default_rng(seed)
     workload = random_routing(rng, layers=3, experts=10, k=2, lengths=[int(n) for n in rng.integers(4, 20, 8)])
     changes = {"cache_share": 0.5, "max_prefetch": 3, "history_tokens": 4, **changes}
-    cost = CostModel(**{**ODD_COST.__dict__, "overlap": changes.pop("overlap", True)})
+    cost = replace(ODD_COST, **{name: changes.pop(name) for name in OF_COST if name in changes})
     spec = ExpertCachingSpec(cost=cost, **changes)
     simulator = run_policy(spec, workload, RandomPolicy(seed))
     timeline = simulator.timeline()
