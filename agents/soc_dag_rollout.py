@@ -83,8 +83,8 @@ def draw_scenario(state: State, race: Race) -> None:
 
 
 @njit_borrowed
-def load(state: State, race: Race) -> None:
-    """Put what is known into the copy: the live jobs, with running tasks that end as drawn, and no further job."""
+def load(state: State, race: Race, num_more: int) -> None:
+    """Put what is known into the copy: the live jobs, with running tasks that end as drawn, and so many jobs more."""
     played = race.played
     copy, books, engine = played.state, played.books[0], state.engine[0]
     copy.engine[0] = engine
@@ -119,7 +119,7 @@ def load(state: State, race: Race) -> None:
         if played.kinds[kind].count > 0:
             set_active(played, kind, 0)
     books.done = 0
-    books.num_jobs = engine.num_arrived
+    books.num_jobs = engine.num_arrived + num_more
     books.next_job = engine.num_arrived
 
 
@@ -163,7 +163,7 @@ def bounds(race: Race, i: int, played: int):
 @njit(**UNCOUNTED)
 def play_on(state, table, row, race, lived, decide, params, memory):
     """The objective if a row is chosen now and the rule decides from there on, under the scenario drawn."""
-    load(state, race)
+    load(state, race, 0)
     race.played.books[0].live_us = lived
     reset_decision(race.decision)
     choose(table, race.decision, row)

@@ -39,6 +39,8 @@ AGENT = r"agent(?:_([1-9]\d*)(_climb)?)?"
 """The shipped agent: deciding online, or planning by the best of so many schedules, with local search from each."""
 ROLLOUT = r"agent_rollout_([1-9]\d*)"
 """The shipped agent, its likeliest rows played on under so many draws of the durations before each decision."""
+HINDSIGHT = "hindsight"
+"""An oracle: the shipped agent's likeliest rows and late SRPT's choice, played on as the future will be."""
 CLIMB = r"climb_([1-9]\d*)"
 """Local search from the plans of the static schedulers, so many times."""
 
@@ -74,7 +76,8 @@ class EvaluateArgs(StreamArgs, evaluate.Args):
     policies: tuple[str, ...] = ("eft", "heft_rt", "late_rank", "late_srpt")
     """Names of rules, or of static schedulers (heft, lookahead_heft, cpop, peft), whose plans are followed; `agent`
     (the shipped one), agent_<n> (plans by the best of n of its schedules), agent_rollout_<n> (tries its likeliest rows
-    out under n draws of the durations, at every decision), or the folder of a checkpoint."""
+    out under n draws of the durations, at every decision), hindsight (tries them out in the future that will be: an
+    oracle), or the folder of a checkpoint."""
     workload: str = "random"
     """random (layered graphs of 20-50 tasks on 4 PEs), cholesky_8, lu_8, qr_8 (tiles; 2 CPUs and 2 GPUs), pipeline_4x8
     (stages, microbatches), ds3 and gym_ds3 (from the data folder), tools_2, a .stg graph, or a WfCommons .json."""
@@ -274,7 +277,7 @@ def checkpoint_of(name: str) -> Path | None:
     """The checkpoint folder that a name means: the shipped one, the folder itself, or its final/; else None."""
     from ..agents.soc_dag import SHIPPED
 
-    folder = SHIPPED if re.fullmatch(f"{AGENT}|{ROLLOUT}", name) else Path(name).expanduser()
+    folder = SHIPPED if re.fullmatch(f"{AGENT}|{ROLLOUT}|{HINDSIGHT}", name) else Path(name).expanduser()
     found = [one for one in (folder, folder / "final") if (one / "policy.safetensors").exists()]
     return found[0] if found else folder if folder.is_dir() else None
 
@@ -288,6 +291,7 @@ def fingerprint(name: str) -> str | None:
 def find_policies(names: Sequence[str]) -> list[Any]:
     """The rules, planners and agents of these names. Raises InputError."""
     from ..agents.soc_dag import load_pointer
+    from ..agents.soc_dag_hindsight import HindsightScheduling
     from ..baselines.soc_dag import RULES
     from ..baselines.soc_static import STATIC
 
@@ -304,6 +308,8 @@ def find_policies(names: Sequence[str]) -> list[Any]:
             found.append(sampling_planner(name, int(planning[1]), bool(planning[2])))
         elif rolling := re.fullmatch(ROLLOUT, name):
             found.append(rollout_scheduler(name, int(rolling[1])))
+        elif name == HINDSIGHT:
+            found.append(HindsightScheduling(name, load_pointer(), RULES["late_srpt"]))
         elif (folder := checkpoint_of(name)) is not None:
             found.append(load_pointer(folder, name))
         else:
@@ -312,7 +318,7 @@ def find_policies(names: Sequence[str]) -> list[Any]:
                 f"no policy is called {name!r}",
                 remedy=(f"Did you mean {close[0]!r}? " if close else "")
                 + f"Policies are {', '.join([*RULES, *STATIC])}, climb_<starts>, agent, agent_<samples>, "
-                "agent_<samples>_climb, agent_rollout_<draws>, or a checkpoint folder",
+                "agent_<samples>_climb, agent_rollout_<draws>, hindsight, or a checkpoint folder",
             )
     return found
 
@@ -352,8 +358,8 @@ def open_deployment(args: DeployArgs) -> Deployment:
 
 
 def is_oracle(policy: str) -> bool:
-    """No policy of this domain is given the future."""
-    return False
+    """True for the name of a policy that was given the future."""
+    return policy == HINDSIGHT
 
 
 def metric_info(name: str) -> tuple[str, bool | None]:

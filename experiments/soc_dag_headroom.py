@@ -12,8 +12,10 @@ on the agent, in a folder there that is named by its weights, so that a new agen
 
 Single graphs: the reference is CP-SAT's schedule within `--seconds` on one core, begun from the best schedule known,
 the agent's among them; so a gap is at least as large as said where the optimum is not proven. With noise: the same with
-the durations known before. Streams: the searched rule (`soc_dag_search`) of least loss over the very jobs and noise it
-is judged on: it can be reached, and is no proven optimum.
+the durations known before. Streams: on each seed the best of a few rolling horizons with all arrivals and durations
+known (`agents/soc_dag_hindsight.py`), played by late SRPT and by the rule of least loss over the very jobs and noise
+that it is judged on (`soc_dag_search`), and of that rule itself: these are schedules that are possible, not proven
+optima.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ import numpy as np
 import tyro
 
 from ..agents.soc_dag import SHIPPED, PointerScheduling, load_pointer, sampled_plans
+from ..agents.soc_dag_hindsight import HindsightScheduling
+from ..agents.soc_dag_rollout import RolloutScheduling
 from ..baselines.soc_climb import MOVES, best_climbed, climb_from_static
 from ..baselines.soc_dag import RULES
 from ..baselines.soc_justify import justified
@@ -56,6 +60,8 @@ OF_MIX = ("met", "eft", "etf", "heft_rt", "late_fifo", "late_rank", "late_srpt",
 """Rules of the table of DS3's mix."""
 JUSTIFIED = "these, justified"
 """The best of the static schedulers' plans, each justified."""
+HORIZONS = (6, 12)
+"""Jobs to come that are known, in hindsight."""
 CLOSED = 0.02
 """A smaller gap says that there is nothing to win: there the agent must only not be worse."""
 
@@ -224,8 +230,8 @@ def stream_cells(quick: bool) -> list[StreamCell]:
     return cells[:1] + cells[-1:] if quick else cells
 
 
-def agent_loss(agent: PointerScheduling, spec: SocDagSpec, workloads: Sequence[Workload]) -> list[float]:
-    """As `rule_loss`, of the agent, with the seeds 0, 1, ..."""
+def agent_loss(agent: Any, spec: SocDagSpec, workloads: Sequence[Workload]) -> list[float]:
+    """As `rule_loss`, of the agent, or of one that looks ahead, with the seeds 0, 1, ..."""
     from ..envs.soc_dag.env import loss_of
 
     simulator, losses = Simulator(spec), []
@@ -253,33 +259,55 @@ def measure_stream(cell: StreamCell, args: Config) -> dict[str, Any]:
     return {"loss": losses, "hindsight": found, "weights": weights.tolist()}
 
 
+def measure_own(agent: PointerScheduling, cell: StreamCell, weights: Sequence[float], args: Config) -> dict[str, Any]:
+    """Losses per job on each seed of the agent, of its rollouts, and of what it and rules find if the future is known.
+
+    `weights` are those of the rule found in hindsight.
+    """
+    spec, workloads = stream_runs(cell, args)
+    rollouts = RolloutScheduling("agent_rollout", agent, RULES["late_srpt"], args.rollouts)
+    known = [
+        agent_loss(HindsightScheduling("hindsight", agent, rule, horizon), spec, workloads)
+        for rule in (RULES["late_srpt"], linear_rule(np.array(weights)))
+        for horizon in HORIZONS
+    ]
+    return {
+        "agent": agent_loss(agent, spec, workloads),
+        "rollouts": agent_loss(rollouts, spec, workloads),
+        "known": np.min(known, axis=0).tolist(),
+    }
+
+
 def stream_table(agent: PointerScheduling, args: Config) -> str:
-    """Per cell the best rule, the rule found in hindsight, the agent. Losses are those of the env's reward, per job."""
-    lines = [row("jobs", "best rule", "its loss", "hindsight", "gap", "agent", "against the rule", "share")]
-    lines.append(rule_line(8))
+    """Per cell the best rule, what was possible, the agent alone and with rollouts.
+
+    Losses are those of the env's reward, per job.
+    """
+    rolled = f"agent_rollout_{args.rollouts}"
+    heads = ("jobs", "best rule", "its loss", "searched", "hindsight", "gap")
+    lines = [row(*heads, "agent", "against the rule", "share", rolled, "against the rule", "share"), rule_line(12)]
     for cell in stream_cells(args.quick):
         name = f"stream {cell.name}.json"
         got = kept(args.out / name, lambda cell=cell: measure_stream(cell, args))  # type: ignore[misc]
-        mine = np.array(
-            kept(args.own / name, lambda cell=cell: {"loss": agent_loss(agent, *stream_runs(cell, args))})["loss"]  # type: ignore[misc]
+        weights = got["weights"]
+        own = kept(
+            args.own / f"with {args.rollouts} rollouts, {name}",
+            lambda cell=cell, weights=weights: measure_own(agent, cell, weights, args),  # type: ignore[misc]
         )
-        losses, known = {name: np.array(values) for name, values in got["loss"].items()}, np.array(got["hindsight"])
+        losses, searched = {name: np.array(values) for name, values in got["loss"].items()}, np.array(got["hindsight"])
+        known = np.minimum(searched, own["known"])
         best = min(ONLINE, key=lambda name: float(losses[name].mean()))
         bar = float(losses[best].mean()) or 1.0  # nobody is late in a short run
-        gap = (losses[best].mean() - known.mean()) / bar
-        low, high = bootstrap_ci((mine - losses[best]) / bar)
-        lines.append(
-            row(
-                cell.name,
-                best,
-                interval(losses[best], "{:.4g}"),
-                f"{known.mean():.4g}",
-                f"{100 * gap:.1f}%",
+        cells = [cell.name, best, interval(losses[best], "{:.4g}"), f"{searched.mean():.4g}", f"{known.mean():.4g}"]
+        cells.append(f"{100 * (losses[best].mean() - known.mean()) / bar:.1f}%")
+        for mine in (np.array(own["agent"]), np.array(own["rollouts"])):
+            low, high = bootstrap_ci((mine - losses[best]) / bar)
+            cells += [
                 interval(mine, "{:.4g}"),
                 f"{100 * (mine - losses[best]).mean() / bar:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]",
                 share(losses[best], mine, known),
-            )
-        )
+            ]
+        lines.append(row(*cells))
     return "\n".join(lines)
 
 
@@ -390,6 +418,8 @@ class Config:
     """Schedules of which the agent takes the best."""
     seeds: int = 5
     """Runs of a stream."""
+    rollouts: int = 16
+    """Draws of the durations before each decision of the agent that looks ahead, in the table streams."""
     jobs: int = 2000
     """Jobs in a run of DS3's mix."""
     transfers: Literal["pull", "push"] = "push"

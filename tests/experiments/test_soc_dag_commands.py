@@ -74,6 +74,15 @@ def test_the_agent_with_rollouts(tmp_path, capsys):
     assert "1 scenarios" in error_of(capsys, *argv[1:], "--policies", "agent_rollout_1")
 
 
+def test_hindsight_is_an_oracle(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["soc_dag", "--workload", "cholesky_3", "--gap", "60", "--window", "6", "--noise", "0.3", "--seeds", "2"]
+    assert evaluate.main([*argv, "--policies", "late_srpt", "hindsight", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "hindsight (oracle)" in printed and "late_srpt" in printed
+    assert evaluate.main(["--validate", str(out)]) == 0
+
+
 @needs_data
 def test_frequencies_can_be_chosen(tmp_path, capsys):
     """Slack turned into lower frequencies saves energy, and the results say that it was allowed."""
