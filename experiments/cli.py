@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,8 +49,32 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+CUT_OFF = 141
+"""Exit status where the reader of the output has gone (as `head` does): what a shell says of a SIGPIPE."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
+    try:
+        status = dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not is_cut_off(sys.stdout.fileno()):
+            raise  # it was another pipe, say a worker's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return CUT_OFF
+
+
+def is_cut_off(descriptor: int) -> bool:
+    """Whether nobody reads any more what is written there."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def dispatch(argv: Sequence[str] | None) -> int:
+    """Run the command that is named first."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())

@@ -101,6 +101,14 @@ def test_help_is_light():
 # ------------------------------------------------------------------------------------------------- evaluate
 
 
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    command = f"{sys.executable} -m schedlab.experiments.cli envs"
+    run = subprocess.run(
+        ["bash", "-c", f"{{ sleep 0.5; {command}; echo $? >&2; }} | true"], capture_output=True, text=True, check=True
+    )
+    assert run.stderr.split() == [str(cli.CUT_OFF)]
+
+
 def test_evaluate_resume_validate_report(tmp_path, capsys, checkpoint):
     agent, out = checkpoint(), tmp_path / "out"
     argv = ["request_scheduling", "--policies", "fcfs", agent, *SHORT, "--out", str(out)]
