@@ -7,9 +7,10 @@ Every rule has the same jobs, arrivals and noise. Racing to idle is to run at th
 jobs), which weighs energy against finish in the choice of PE. With frequencies: slack reclaiming, which binds as late
 SRPT does and slows down the tasks of jobs that have time (`baselines.soc_dag.reclaim_slack`), at the stretch that does
 best; least energy; and the searched rule, which chooses the operating point as it chooses the PE. The agent is the
-shipped one, without and with. Hindsight: the family of the searched rules, searched on the very jobs that it is judged
-on, with and without frequencies. All schedules pass the independent checker. Intervals are 95% bootstrap intervals over
-seeds; the share is that of the gap between the best published rule and hindsight with frequencies.
+shipped one, without and with. The reference in hindsight: the family of the searched rules, searched on the very jobs
+that it is judged on, with and without frequencies. All schedules pass the independent checker. Intervals are 95%
+bootstrap intervals over seeds; the share is that of the gap between the best published rule and the reference with
+frequencies.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .soc_dag_search import TEACHERS, StreamCell, search_linear
 
 STRETCHES = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Of slack reclaiming: how many times its shortest latency a job may take."""
-RACE, BOUND = "late SRPT", "hindsight, with frequencies"
+RACE, BOUND = "late SRPT", "searched on these jobs, with frequencies"
 NUM_PUBLISHED = 3
 """The first rows are published rules: late SRPT, slack reclaiming, least energy."""
 SHOWN = {"energy": ",.0f", "mean_latency": ".1f", "p95_latency": ".0f", "deadline_misses": ".4f"}
@@ -57,7 +58,7 @@ class Config:
     seeds: int = 5
     """Paired runs."""
     generations: int = 6
-    """Of the search in hindsight."""
+    """Of the search on the jobs of the run."""
 
 
 def measure(spec: SocDagSpec, rule: Rule | PointerScheduling, workloads: Sequence[Workload]) -> list[dict[str, float]]:
@@ -100,7 +101,7 @@ def measure_cell(cell: StreamCell, args: Config) -> dict[str, list[dict[str, flo
         "agent": measure(races, agent, workloads),
         "agent, with frequencies": measure(chooses, agent, workloads),
     }
-    for name, spec in (("hindsight", races), (BOUND, chooses)):
+    for name, spec in (("searched on these jobs", races), (BOUND, chooses)):
         weights, _ = search_linear(
             spec, workloads, range(args.seeds), start=searched.param_array.tolist(), generations=args.generations
         )

@@ -1,4 +1,4 @@
-"""Rules searched for one kind of jobs: what the agent of task graphs imitates first, and its hindsight bound.
+"""Rules searched for one kind of jobs: what the agent of task graphs imitates first; on the very jobs, a reference.
 
 python -m schedlab.experiments.soc_dag_search        # prints the table `TEACHERS` of soc_dag_presets anew
 """

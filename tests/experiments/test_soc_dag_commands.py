@@ -110,8 +110,8 @@ def test_the_table_of_frequencies(capsys, monkeypatch):
         of_srpt[name] = float(value.split()[0])
         shares[name] = float(share.split()[0]) if share else None
     assert [share is None for share in shares.values()] == [True] * 3 + [False] * 6
-    assert shares["hindsight, with frequencies"] == 1.0
-    assert sorted(of_srpt, key=of_srpt.__getitem__)[0] == "hindsight, with frequencies"
+    assert shares["searched on these jobs, with frequencies"] == 1.0
+    assert sorted(of_srpt, key=of_srpt.__getitem__)[0] == "searched on these jobs, with frequencies"
     ranked = sorted((name for name in shares if shares[name] is not None), key=lambda name: -shares[name])
     found = [of_srpt[name] for name in ranked]  # means of ratios; the shares are ratios of means
     assert all(later > sooner - 0.01 for sooner, later in pairwise(found))
