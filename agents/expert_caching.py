@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..envs.core.blocks import BoundCall, load
 from ..envs.core.errors import InputError
-from ..envs.core.kernel import entry_point, njit
+from ..envs.core.kernel import UNCOUNTED, njit
 from ..envs.expert_caching.advice import Advice, stored
 from ..envs.expert_caching.rule import evict_lowest
 from ..envs.expert_caching.sim import Sim, Simulator, has_room, run_epoch
@@ -103,6 +104,13 @@ def decide_learned(state: State, weights: Weights, memory: Memory, decision: Dec
     evict_lowest(state, memory.keys, decision)
 
 
+@njit(cache=True, nogil=True, **UNCOUNTED)
+def decide_learned_at(address: int, kind: Any, decision: Decision) -> None:
+    """`decide_learned` with its other arguments in a block of memory."""
+    state, weights, memory = load(address, kind)
+    decide_learned(state, weights, memory, decision)
+
+
 @njit(cache=True)
 def expect_prior(state: State) -> None:
     """Write `keep` of all experts, for layers that no token has come to: P(one of the next tokens needs it)."""
@@ -151,6 +159,8 @@ class LearnedEviction:
     is_oracle = False
     kernel: Any = staticmethod(decide_learned)
     """Called with the state, `_inputs`, and the decision to be written."""
+    kernel_at: Any = staticmethod(decide_learned_at)
+    """The same, for one decision asked from Python."""
 
     def __init__(self, name: str, weights: Weights, top_k: int) -> None:
         self.name = name
@@ -167,14 +177,13 @@ class LearnedEviction:
                 remedy="Train one on a trace of this model: python -m schedlab.experiments.expert_caching_gap --help",
             )
         self.memory = new_memory(self.weights, len(state.sequences), shape[2], len(state.slots))
-        self._decide: Any = None
+        self._bound: BoundCall | None = None
 
     def decide(self, state: State, decision: Decision) -> None:
         """Write the decision for `state` into `decision`; to be called in every epoch."""
-        arguments = (state, *self._inputs, decision)
-        if self._decide is None:  # beside a model that leaves nothing in the caches a look-up of types takes 45 us
-            self._decide = entry_point(self.kernel, *arguments)
-        self._decide(*arguments)
+        if self._bound is None or self._bound.arguments[0] is not state:
+            self._bound = BoundCall(self.kernel_at, (state, *self._inputs), decision)
+        self._bound(decision)
 
     def run(self, simulator: Simulator) -> None:
         """Serve the simulator's whole workload, compiled."""
@@ -196,6 +205,13 @@ def decide_advised(state: State, weights: Weights, memory: Memory, decision: Dec
     """`advise`, then `by_advice`. Called in every epoch, in order."""
     advise(state, weights, memory)
     by_advice(state, memory.knobs, memory.keys, decision)
+
+
+@njit(cache=True, nogil=True, **UNCOUNTED)
+def decide_advised_at(address: int, kind: Any, decision: Decision) -> None:
+    """`decide_advised` with its other arguments in a block of memory."""
+    state, weights, memory = load(address, kind)
+    decide_advised(state, weights, memory, decision)
 
 
 @njit(cache=True)
@@ -236,6 +252,7 @@ class LearnedCaching(LearnedEviction):
     """
 
     kernel: Any = staticmethod(decide_advised)
+    kernel_at: Any = staticmethod(decide_advised_at)
 
     def __init__(self, name: str, weights: Weights, top_k: int, knobs: Knobs | None = None) -> None:
         super().__init__(name, weights, top_k)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..envs.core.kernel import njit
+from ..envs.core.blocks import load
+from ..envs.core.kernel import UNCOUNTED, njit
 from ..envs.expert_caching.affinity import Affinity
 from ..envs.expert_caching.state import Decision, State, empty_decision, reset_decision
 from ..envs.expert_caching.table import (
@@ -82,6 +83,13 @@ def decide_pointer(state: State, brain: Brain, desk: Desk, decision: Decision) -
         choose(state, table, decision, action)
 
 
+@njit(cache=True, nogil=True, **UNCOUNTED)
+def decide_pointer_at(address: int, kind: Any, decision: Decision) -> None:
+    """`decide_pointer` with its other arguments in a block of memory."""
+    state, brain, desk = load(address, kind)
+    decide_pointer(state, brain, desk, decision)
+
+
 class PointerCaching(LearnedCaching):
     """A pointer network over the action table, as a `Policy`. It sees the learned scores, and what their rule would do.
 
@@ -97,6 +105,7 @@ class PointerCaching(LearnedCaching):
     """
 
     kernel: Any = staticmethod(decide_pointer)
+    kernel_at: Any = staticmethod(decide_pointer_at)
 
     def __init__(
         self,
