@@ -27,7 +27,6 @@ from ..envs.expert_caching.rule import evict_lowest
 from ..envs.expert_caching.sim import Sim, Simulator, has_room, run_epoch
 from ..envs.expert_caching.state import Decision, State, reset_decision
 from .expert_caching_checkpoint import load_weights
-from .expert_caching_features import weigh_past
 from .expert_caching_rule import Knobs, by_advice
 from .expert_caching_score import (
     Memory,
@@ -35,9 +34,9 @@ from .expert_caching_score import (
     for_share,
     new_memory,
     observe,
-    row_of,
     score_layer,
     score_layer_above,
+    weigh_row,
 )
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ def score_rows(state: State, weights: Weights, memory: Memory, above: bool) -> N
         if row.sequence < 0:
             continue
         used = state.history[b, (row.served - 1) % state.history.shape[1], layer]
-        num_past, match = weigh_past(row_of(memory.streams, b), layer)
-        score_layer(weights, memory, b, layer, used, num_past, match)
+        num_past, match = weigh_row(memory, b, layer)
+        score_layer(weights, memory, b, layer, used, num_past, match, share)
         for e in range(num_experts):
             logit = for_share(memory.logits, e, weights.shares, share)
             scores[e] += np.log1p(np.exp(logit))  # up to rounding of the product
@@ -222,8 +221,8 @@ def foresee(weights: Weights, memory: Memory, experts, positions, share: float, 
         for layer in range(num_layers):
             used = experts[t, layer]
             observe(weights, memory, 0, layer, positions[t], used)
-            num_past, match = weigh_past(row_of(memory.streams, 0), layer)
-            score_layer(weights, memory, 0, layer, used, num_past, match)
+            num_past, match = weigh_row(memory, 0, layer)
+            score_layer(weights, memory, 0, layer, used, num_past, match, share)
             for e in range(keep.shape[2]):
                 logit = for_share(memory.logits, e, weights.shares, share)
                 keep[t, layer, e] = stored(1.0 / (1.0 + np.exp(-logit)))

@@ -28,7 +28,7 @@ FORMAT = "expert_caching/eviction/3"
 
 WEIGHTS, CONFIG, CARD = "policy.safetensors", "config.json", "card.md"
 TABLES = ("embedding", "own", "channels", "above_own", "above_channels")
-"""Arrays that are stored as int8; scales run along the last axis."""
+"""Arrays that are stored as int8, and kept so; each has an array of scales, one for each row of the last axis."""
 
 _COPY_AGAIN = "Copy the checkpoint folder again, or train again"
 
@@ -43,6 +43,7 @@ def pack_eviction(networks: Sequence[EvictionNetwork], head: NextLayerHead) -> W
     arrays["out_b"] /= len(networks)
     arrays["shares"] = np.array(SHARES)
     arrays |= _head_arrays(head)
+    arrays |= {f"{name}_scale": np.ones(arrays[name].shape[:-1]) for name in TABLES}
     return Weights(**{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()})
 
 
@@ -139,10 +140,11 @@ def save_eviction(
     tensors: dict[str, np.ndarray] = {}
     for name, array in weights._asdict().items():
         if name in TABLES:
-            scale = np.maximum(np.abs(array).max(-1, keepdims=True), 1e-12) / 127.0
-            tensors[f"{name}.int8"] = np.rint(array / scale).astype(np.int8)
+            rows = array * getattr(weights, f"{name}_scale")[..., None]
+            scale = np.maximum(np.abs(rows).max(-1, keepdims=True), 1e-12) / 127.0
+            tensors[f"{name}.int8"] = np.rint(rows / scale).astype(np.int8)
             tensors[f"{name}.scale"] = scale.astype(np.float32)
-        else:
+        elif name.removesuffix("_scale") not in TABLES:
             tensors[name] = array.astype(np.float16)
     _, num_layers, num_experts, _ = weights.embedding.shape
     model = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
@@ -172,16 +174,18 @@ def load_weights(folder: str | PathLike[str]) -> tuple[Weights, int]:
         raise InputError(f"not readable as safetensors ({error})", file=path, remedy=_COPY_AGAIN) from error
     arrays = {}
     for field in Weights._fields:
-        parts = [f"{field}.int8", f"{field}.scale"] if field in TABLES else [field]
-        if any(part not in tensors for part in parts):
-            raise InputError(f"lacks {parts[0]!r}", file=path, remedy=_COPY_AGAIN)
-        array = tensors[parts[0]].astype(np.float32)
-        if field in TABLES:
-            array *= tensors[parts[1]]
+        table = field.removesuffix("_scale")
+        stored = f"{field}.int8" if field in TABLES else f"{table}.scale" if table in TABLES else field
+        if stored not in tensors:
+            raise InputError(f"lacks {stored!r}", file=path, remedy=_COPY_AGAIN)
+        array = tensors[stored] if field in TABLES else tensors[stored].astype(np.float32)
         if not np.isfinite(array).all():
-            raise InputError(f"{field} holds values that are not finite", file=path, remedy="Train again")
-        arrays[field] = np.ascontiguousarray(array)
+            raise InputError(f"{stored} holds values that are not finite", file=path, remedy="Train again")
+        arrays[field] = np.ascontiguousarray(array[..., 0] if stored.endswith(".scale") else array)
     weights, model = Weights(**arrays), config["model"]
+    for table in TABLES:
+        if arrays[table].dtype != np.int8 or arrays[f"{table}_scale"].shape != arrays[table].shape[:-1]:
+            raise InputError(f"{table}.int8 and {table}.scale do not fit together", file=path, remedy=_COPY_AGAIN)
     if weights.channels.shape[1:3] != (model["num_layers"], model["num_experts"]):
         raise InputError(
             f"weights are for {weights.channels.shape[1:3]} layers and experts, {CONFIG} says {model}",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..envs.core.kernel import njit
+from ..envs.core.kernel import UNCOUNTED, njit, njit_borrowed
 
 WINDOW = 1024
 """Tokens that the copy features look back on, the present one included."""
@@ -54,7 +54,7 @@ class Stream(NamedTuple):
     in_sequence: np.ndarray  # (L, E) float32: uses in this sequence
     age: np.ndarray  # (L, E) float32: tokens since the last use
     masks: np.ndarray  # (L, M, W) uint64: experts of the last W tokens as bits, a ring
-    used: np.ndarray  # (W, L, k) int16: the same as ids, -1: none
+    used: np.ndarray  # (L, W, k) int16: the same as ids, -1: none
     overlap: np.ndarray  # (W,) int32: experts that each remembered token shares with the present one so far
     context: np.ndarray  # (W,) float32: the same of the tokens before both, decayed
     weight: np.ndarray  # (W,) float32: scratch of the copy kernel
@@ -70,7 +70,7 @@ def empty_stream(num_layers: int, num_experts: int, top_k: int) -> Stream:
         np.zeros((num_layers, num_experts), np.float32),
         np.full((num_layers, num_experts), NEVER, np.float32),
         np.zeros((num_layers, (num_experts + 63) // 64, WINDOW), np.uint64),
-        np.full((WINDOW, num_layers, top_k), np.int16(-1), np.int16),
+        np.full((num_layers, WINDOW, top_k), np.int16(-1), np.int16),
         np.zeros(WINDOW, np.int32),
         np.zeros(WINDOW, np.float32),
         np.zeros(WINDOW, np.float32),
@@ -90,7 +90,7 @@ def popcount(word):
     return np.int32((word + (word >> np.uint64(32))) & np.uint64(0x7F))
 
 
-@njit(cache=True)
+@njit_borrowed
 def count_use(frequency, in_sequence, age, used):
     """Book one token's use of one layer. frequency (G, E), in_sequence and age (E,), used (k,) ids, -1: none."""
     num_experts = len(age)
@@ -108,7 +108,7 @@ def count_use(frequency, in_sequence, age, used):
             age[e] = 0
 
 
-@njit(cache=True)
+@njit_borrowed
 def begin_token(stream: Stream, position: int) -> None:
     """The next token of the row: what was the present token becomes the context of its own copies."""
     overlap, context, place = stream.overlap, stream.context, stream.place
@@ -122,10 +122,10 @@ def begin_token(stream: Stream, position: int) -> None:
     place[0] += 1
     place[1] = (place[1] + 1) % WINDOW
     place[2] = position
-    stream.used[place[1]] = -1
+    stream.used[:, place[1]] = -1
 
 
-@njit(cache=True)
+@njit_borrowed
 def observe_layer(stream: Stream, layer: int, used) -> None:
     """The gate of one layer has spoken: `used` (k,) expert ids of the present token."""
     place, masks, overlap = stream.place[1], stream.masks[layer], stream.overlap
@@ -139,17 +139,17 @@ def observe_layer(stream: Stream, layer: int, used) -> None:
             overlap[r] += popcount(mask & row[r])
         row[place] = mask
     for i in range(len(used)):
-        stream.used[place, layer, i] = used[i]
+        stream.used[layer, place, i] = used[i]
     count_use(stream.frequency[layer], stream.in_sequence[layer], stream.age[layer], used)
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, **UNCOUNTED)
 def weigh_past(stream: Stream, layer: int):
     """Weights of the past tokens by similarity, summing to 1, into `stream.weight`. Returns (tokens, best match).
 
     similarity = (overlap + c * context) / its largest value; weight = exp(SHARPNESS * (similarity - best)) / sum.
     """
-    num_layers, top_k = stream.used.shape[1:]
+    num_layers, _, top_k = stream.used.shape
     overlap, context, weight = stream.overlap, stream.context, stream.weight
     here = stream.place[1]
     num_past = min(stream.place[0] - 1, WINDOW - 1)
@@ -171,7 +171,7 @@ def weigh_past(stream: Stream, layer: int):
     return num_past, best
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, **UNCOUNTED)
 def exponentials(row, powers) -> np.float32:
     """row = exp(row) where row > -LEAST, else 0, in place, within 2e-4; returns the sum. powers: int32 scratch.
 
@@ -194,7 +194,7 @@ def exponentials(row, powers) -> np.float32:
     return total
 
 
-@njit(cache=True)
+@njit_borrowed
 def copy_future(stream: Stream, layer: int, copied) -> np.float32:
     """`weigh_past`, then `read_future`. Returns the best match."""
     num_past, best = weigh_past(stream, layer)
@@ -202,7 +202,7 @@ def copy_future(stream: Stream, layer: int, copied) -> np.float32:
     return best
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, **UNCOUNTED)
 def read_future(stream: Stream, layer: int, num_past: int, copied) -> None:
     """What followed similar tokens, weighed before: writes `copied` float32 (NUM_COPIES, E), log scale.
 
@@ -210,8 +210,8 @@ def read_future(stream: Stream, layer: int, num_past: int, copied) -> None:
     g-th discount; the inner sums run forward in time, so that one pass over the ring does.
     """
     copied[:] = 0
-    weight, used, here = stream.weight, stream.used, stream.place[1]
-    top_k = used.shape[2]
+    weight, used, here = stream.weight, stream.used[layer], stream.place[1]
+    top_k = used.shape[1]
     d0, d1, d2 = COPY_DISCOUNTS[0], COPY_DISCOUNTS[1], COPY_DISCOUNTS[2]
     a0, a1, a2 = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for back in range(num_past, 1, -1):  # token s = present - back; what follows it is s + 1
@@ -220,7 +220,7 @@ def read_future(stream: Stream, layer: int, num_past: int, copied) -> None:
         a0, a1, a2 = a0 * d0 + w, a1 * d1 + w, a2 * d2 + w
         if a2 > NEGLIGIBLE:
             r += 1
-            row = used[r if r >= 0 else r + WINDOW, layer]
+            row = used[r if r >= 0 else r + WINDOW]
             for i in range(top_k):
                 e = row[i]
                 if e >= 0:
@@ -234,7 +234,7 @@ def read_future(stream: Stream, layer: int, num_past: int, copied) -> None:
         log_scale(row)
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, **UNCOUNTED)
 def read_layer_above(stream: Stream, layer: int, num_past: int, copied) -> None:
     """What similar tokens, weighed before, used in the next layer: writes `copied` float32 (NUM_COPIES, E), log scale.
 
@@ -243,9 +243,9 @@ def read_layer_above(stream: Stream, layer: int, num_past: int, copied) -> None:
     Above the last layer comes the first one of the token after.
     """
     copied[:] = 0
-    weight, used, here = stream.weight, stream.used, stream.place[1]
-    num_layers, top_k = used.shape[1:]
-    above = (layer + 1) % num_layers
+    above = (layer + 1) % len(stream.used)
+    weight, used, here = stream.weight, stream.used[above], stream.place[1]
+    top_k = used.shape[1]
     later = 1 if above == 0 else 0
     t0, t1, t2 = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for back in range(1, num_past + 1):
@@ -255,7 +255,7 @@ def read_layer_above(stream: Stream, layer: int, num_past: int, copied) -> None:
         if w0 > LEAST_COPIED:
             w1, w2 = w0 * w0, np.sqrt(w0)
             t0, t1, t2 = t0 + w0, t1 + w1, t2 + w2
-            row = used[r + later if r + later < WINDOW else 0, above]
+            row = used[r + later if r + later < WINDOW else 0]
             for i in range(top_k):
                 e = row[i]
                 if e >= 0:
@@ -270,7 +270,7 @@ def read_layer_above(stream: Stream, layer: int, num_past: int, copied) -> None:
         log_scale(row)
 
 
-@njit(cache=True)
+@njit_borrowed
 def log_scale(row) -> None:
     """In place: log2 in about [-1.3, 1.3], by exponent and mantissa of the float32 (piecewise linear in between)."""
     bits = row.view(np.int32)
@@ -278,28 +278,28 @@ def log_scale(row) -> None:
         row[e] = (np.float32(bits[e]) * np.float32(2.0**-23) - np.float32(122.0)) * np.float32(0.25)
 
 
-@njit(cache=True)
-def write_features(frequency, in_sequence, age, position, copied, match, scratch, table) -> None:
+@njit_borrowed
+def write_features(frequency, in_sequence, age, position, copied, match, table) -> None:
     """The feature table float32 (NUM_FEATURES, E) of one layer; `copied` as `copy_future` writes it."""
     num_experts = len(age)
     for g in range(NUM_DECAYS):
-        rest, row = np.float32(1.0) - DECAYS[g], frequency[g]
+        rest, row, uses = np.float32(1.0) - DECAYS[g], table[g], frequency[g]
         for e in range(num_experts):
-            scratch[e] = row[e] * rest + FLOOR
-        log_scale(scratch)
-        table[g] = scratch
-    share = np.float32(1.0 / (position + 9.0))
+            row[e] = uses[e] * rest + FLOOR
+        log_scale(row)
+    row, share = table[IN_SEQUENCE], np.float32(1.0 / (position + 9.0))
     for e in range(num_experts):
-        scratch[e] = in_sequence[e] * share + FLOOR
-    log_scale(scratch)
-    table[IN_SEQUENCE] = scratch
+        row[e] = in_sequence[e] * share + FLOOR
+    log_scale(row)
+    row = table[AGE]
     for e in range(num_experts):
-        scratch[e] = np.float32(1.0) / (age[e] + np.float32(1.0)) + np.float32(2.0) * FLOOR
-    log_scale(scratch)
-    table[AGE] = scratch
-    for g in range(NUM_COPIES):
-        table[COPIES + g] = copied[g]
-    table[MATCH] = match * np.float32(2.0) - np.float32(1.0)
+        row[e] = np.float32(1.0) / (age[e] + np.float32(1.0)) + np.float32(2.0) * FLOOR
+    log_scale(row)
+    best = match * np.float32(2.0) - np.float32(1.0)
+    for e in range(num_experts):
+        for g in range(NUM_COPIES):
+            table[COPIES + g, e] = copied[g, e]
+        table[MATCH, e] = best
 
 
 COPY_STEPS = np.float32(1.0 / 102.0)  # of the log scale between two stored values

@@ -175,7 +175,6 @@ def advance(trace: Trace, counts: Counts, length: int, layers, above: bool, tabl
     """
     num_tokens, num_layers, _ = trace.experts.shape
     num_experts = trace.ahead.shape[2]
-    scratch = np.zeros(num_experts, np.float32)
     copied = np.zeros((NUM_COPIES, num_experts), np.float32)
     table = np.zeros((NUM_FEATURES, num_experts), np.float32)
     for s in range(len(counts.at)):
@@ -192,7 +191,7 @@ def advance(trace: Trace, counts: Counts, length: int, layers, above: bool, tabl
                     at = (layer + 1) % num_layers if above else layer
                     restore_copies(trace.above[t, layer] if above else trace.copies[t, layer], copied)
                     match = trace.matches[t, layer]
-                    write_features(frequency[at], in_sequence[at], age[at], position, copied, match, scratch, table)
+                    write_features(frequency[at], in_sequence[at], age[at], position, copied, match, table)
                     tables[n, :, s * length + i] = table
                     n += 1
             counts.at[s] = (t + 1) % num_tokens

@@ -23,8 +23,8 @@ import numpy as np
 
 from ..agents.expert_caching import SHIPPED
 from ..agents.expert_caching_checkpoint import load_weights
-from ..agents.expert_caching_features import NUM_COPIES, copy_table, weigh_past
-from ..agents.expert_caching_score import Memory, Weights, new_memory, observe, row_of, score_layer_above
+from ..agents.expert_caching_features import NUM_COPIES, copy_table
+from ..agents.expert_caching_score import Memory, Weights, new_memory, observe, score_layer_above, weigh_row
 from ..envs.core.errors import InputError
 from ..envs.core.kernel import njit
 from ..envs.core.results import atomic_path
@@ -139,7 +139,7 @@ def foresee_chunk(weights: Weights, memory: Memory, experts, positions, scores) 
             used = experts[t, layer]
             observe(weights, memory, 0, layer, positions[t], used)
             if layer + 1 < num_layers:
-                num_past, match = weigh_past(row_of(memory.streams, 0), layer)
+                num_past, match = weigh_row(memory, 0, layer)
                 score_layer_above(weights, memory, 0, layer, used, num_past, match)
                 scores[t, layer] = memory.above
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from schedlab.agents.expert_caching import SHIPPED, LearnedCaching, LearnedEviction, advice_for, load_eviction
 from schedlab.agents.expert_caching_checkpoint import pack_eviction, pack_portable, save_eviction
@@ -33,7 +34,7 @@ from schedlab.agents.expert_caching_features import (
 )
 from schedlab.agents.expert_caching_network import DISCOUNTS, EvictionNetwork, NextLayerHead, scan
 from schedlab.agents.expert_caching_rule import advice_rule
-from schedlab.agents.expert_caching_score import new_memory, observe, row_of, score_layer, score_layer_above
+from schedlab.agents.expert_caching_score import new_memory, observe, score_layer, score_layer_above, weigh_row
 from schedlab.agents.expert_caching_train import (
     IN_USE,
     EvictionTraining,
@@ -117,10 +118,11 @@ def streamed(weights, workload: Workload) -> Streamed:
         for layer in range(LAYERS):
             used = workload.experts[t, layer]
             observe(weights, memory, 0, layer, workload.token_position[t], used)
-            weighed = weigh_past(row_of(memory.streams, 0), layer)
-            score_layer(weights, memory, 0, layer, used, *weighed)
+            weighed = weigh_row(memory, 0, layer)
+            for output, share in enumerate(weights.shares):
+                score_layer(weights, memory, 0, layer, used, *weighed, share)
+                out.logits[t, layer, :, output] = memory.logits[output]
             out.tables[t, layer] = memory.table[:NUM_FEATURES]
-            out.logits[t, layer] = memory.logits.T
             score_layer_above(weights, memory, 0, layer, used, *weighed)
             out.above_logits[t, layer], out.above_tables[t, layer] = memory.above, memory.table[:NUM_FEATURES]
     return out
@@ -567,6 +569,8 @@ def test_a_checkpoint_holds_the_policy(tmp_path, policy, workload):
     assert 0 < np.abs(exact.above_logits - rounded.above_logits).max() < 0.05
     assert json.loads((tmp_path / "agent" / "config.json").read_text())["training"] == {"steps": 1}
     assert (tmp_path / "agent" / "card.md").read_text() == "# A card\n"
+    again = load_eviction(save_eviction(tmp_path / "again", loaded.weights, K, {}))
+    np.testing.assert_allclose(streamed(again.weights, workload).logits, rounded.logits, atol=1e-5)
 
 
 def test_broken_checkpoints_are_refused(tmp_path, policy):
@@ -588,6 +592,11 @@ def test_broken_checkpoints_are_refused(tmp_path, policy):
     (folder / "policy.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not readable as safetensors"):
         load_eviction(folder)
+    tensors = load_file(save_eviction(tmp_path / "misfit", policy.weights, K, {}) / "policy.safetensors")
+    tensors["own.scale"] = tensors["own.scale"][:, :1].copy()
+    save_file(tensors, tmp_path / "misfit" / "policy.safetensors")
+    with pytest.raises(InputError, match=r"own\.int8 and own\.scale do not fit together"):
+        load_eviction(tmp_path / "misfit")
     broken = policy.weights._replace(middle_b=np.full_like(policy.weights.middle_b, np.nan))
     with pytest.raises(InputError, match="middle_b holds values that are not finite"):
         load_eviction(save_eviction(tmp_path / "nan", broken, K, {}))
