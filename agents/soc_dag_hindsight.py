@@ -15,9 +15,8 @@ from ..envs.soc_dag.rule import Rule
 from ..envs.soc_dag.sim import Simulator, run_decision, run_rule
 from ..envs.soc_dag.state import reset_decision
 from ..envs.soc_dag.table import choose
-from .compiled import deepsets_logits
 from .soc_dag import PointerScheduling, see
-from .soc_dag_rollout import Race, load, new_race, rank_rows
+from .soc_dag_rollout import Race, likeliest_rows, load, new_race
 
 RULES_OWN = -1
 """In place of a row: what the rule itself decides."""
@@ -47,10 +46,7 @@ def run_known(sim, weights, desk, race, most_rows, horizon, decide, params, memo
     while not sim.books[0].done:
         reset_decision(decision)
         if see(sim.state, desk, decision):
-            deepsets_logits(weights, desk.context, desk.candidates, desk.mask, desk.logits)
-            count = rank_rows(desk, race.rows, most_rows)
-            if count == 0:
-                raise ValueError("the policy's logits are not finite")
+            count = likeliest_rows(weights, desk, race.rows, most_rows)
             num_more = min(horizon, len(sim.arrivals) - sim.state.engine[0].num_arrived)
             best = RULES_OWN
             least = play_known(sim, race, desk.table, RULES_OWN, num_more, decide, params, memory)

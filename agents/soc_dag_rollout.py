@@ -152,6 +152,16 @@ def rank_rows(desk: Desk, rows: np.ndarray, most: int) -> int:
 
 
 @njit_inlined
+def likeliest_rows(weights, desk: Desk, rows: np.ndarray, most: int) -> int:
+    """What the agent would choose at the table that `see` has written: `rank_rows` of its logits."""
+    deepsets_logits(weights, desk.context, desk.candidates, desk.mask, desk.logits)
+    count = rank_rows(desk, rows, most)
+    if count == 0:
+        raise ValueError("the policy's logits are not finite")
+    return count
+
+
+@njit_inlined
 def bounds(race: Race, i: int, played: int):
     """How much worse than the first row the i-th one is at best, and at worst: its mean over scenarios, less and more
     `SURE` standard errors."""
@@ -225,10 +235,7 @@ def run_rollouts(sim, weights, desk, race, most_rows, scenarios, seed, decide, p
     while not sim.books[0].done:
         reset_decision(decision)
         if see(sim.state, desk, decision):
-            deepsets_logits(weights, desk.context, desk.candidates, desk.mask, desk.logits)
-            count = rank_rows(desk, race.rows, most_rows)
-            if count == 0:
-                raise ValueError("the policy's logits are not finite")
+            count = likeliest_rows(weights, desk, race.rows, most_rows)
             row = best_row(sim.state, desk.table, count, race, scenarios, decide, params, memory)
             asked += count > 1
             overruled += row != race.rows[0]
