@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from untrained import untrained_agent, untrained_network
 
 from schedlab.agents.checkpoint import save_checkpoint
-from schedlab.agents.compiled import pack_weights
 from schedlab.agents.networks import PointerNetwork
 from schedlab.agents.soc_dag import (
     ENV_ID,
@@ -43,15 +43,12 @@ ALONE = SocDagSpec(uniform_soc(4), transfers="push", objective="makespan")
 
 @pytest.fixture(scope="module")
 def network() -> PointerNetwork:
-    torch.manual_seed(0)
-    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16)
-    torch.nn.init.orthogonal_(network.head.query.weight, 3.0)  # far from a tie
-    return network
+    return untrained_network()
 
 
 @pytest.fixture(scope="module")
-def agent(network) -> PointerScheduling:
-    return PointerScheduling("agent", pack_weights(network, SPEC.num_candidates), SPEC.num_candidates)
+def agent() -> PointerScheduling:
+    return untrained_agent()
 
 
 def single(dag=DAG) -> Workload:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from untrained import untrained_agent
 
-from schedlab.agents.compiled import pack_weights
-from schedlab.agents.networks import PointerNetwork
 from schedlab.agents.soc_dag import PointerScheduling, see
 from schedlab.agents.soc_dag_hindsight import RULES_OWN, HindsightScheduling, play_known, race_of
 from schedlab.baselines.soc_dag import RULES
@@ -17,7 +15,6 @@ from schedlab.envs.soc_dag.env import loss_of
 from schedlab.envs.soc_dag.generate import random_stream
 from schedlab.envs.soc_dag.sim import Simulator
 from schedlab.envs.soc_dag.spec import PeKind, Soc, SocDagSpec
-from schedlab.envs.soc_dag.table import NUM_CANDIDATE, NUM_CONTEXT
 
 SRPT, NUM_JOBS = RULES["late_srpt"], 6
 PLAIN, STREAM = random_stream(6, num_tasks=(8, 14), num_jobs=NUM_JOBS, gap_us=20.0)
@@ -32,10 +29,7 @@ NOISY = SocDagSpec(SOC, transfers="push", noise="lognormal", noise_sigma=0.5)
 
 @pytest.fixture(scope="module")
 def agent() -> PointerScheduling:
-    torch.manual_seed(0)
-    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16)
-    torch.nn.init.orthogonal_(network.head.query.weight, 3.0)  # far from a tie
-    return PointerScheduling("agent", pack_weights(network, NOISY.num_candidates), NOISY.num_candidates)
+    return untrained_agent()
 
 
 def run(policy, spec: SocDagSpec, seed: int) -> float:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from untrained import untrained_agent
 
-from schedlab.agents.compiled import deepsets_logits, pack_weights
-from schedlab.agents.networks import PointerNetwork
+from schedlab.agents.compiled import deepsets_logits
 from schedlab.agents.soc_dag import PointerScheduling, see
 from schedlab.agents.soc_dag_rollout import RolloutScheduling, draw_scenario, new_race, play_on, rank_rows
 from schedlab.baselines.soc_dag import RULES
@@ -17,7 +16,7 @@ from schedlab.envs.soc_dag.env import loss_of
 from schedlab.envs.soc_dag.generate import random_stream
 from schedlab.envs.soc_dag.sim import Simulator
 from schedlab.envs.soc_dag.spec import PeKind, SocDagSpec
-from schedlab.envs.soc_dag.table import NUM_CANDIDATE, NUM_CONTEXT, action_of
+from schedlab.envs.soc_dag.table import action_of
 from schedlab.envs.soc_dag.workload import Workload, noise_draws
 
 SOC, STREAM = random_stream(6, num_tasks=(8, 14), num_jobs=5, gap_us=20.0)
@@ -28,10 +27,7 @@ SRPT = RULES["late_srpt"]
 
 @pytest.fixture(scope="module")
 def agent() -> PointerScheduling:
-    torch.manual_seed(0)
-    network = PointerNetwork(NUM_CONTEXT, NUM_CANDIDATE, hidden=16)
-    torch.nn.init.orthogonal_(network.head.query.weight, 3.0)  # far from a tie
-    return PointerScheduling("agent", pack_weights(network, NOISY.num_candidates), NOISY.num_candidates)
+    return untrained_agent()
 
 
 @pytest.fixture(scope="module")
